@@ -1,0 +1,48 @@
+"""Hashes: which base an adapter belongs to, and which bits it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.target import SLOT
+
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
+
+
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """A hash of the base model's parameters (names, shapes, values rounded to bf16, so that fp32 and bf16 copies agree).
+
+    ``without`` are modules that an adapter brings itself. Deltas do not count.
+    """
+    skipped = tuple(without)
+    parameters = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if f".{SLOT}." not in f".{name}" and not any(f".{module}." in f".{name}" for module in skipped)
+    ]
+    state = (skipped, *((id(p), p._version, p.data_ptr()) for _, p in parameters))
+    cached = _fingerprints.get(model)
+    if cached and cached[0] == state:
+        return cached[1]
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+    _fingerprints[model] = (state, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of an adapter's tensors: names, shapes, dtypes and bits. Cache keys in service carry it."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()

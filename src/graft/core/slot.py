@@ -1,0 +1,130 @@
+"""Slots: what stands inside a target's module and runs the deltas of every adapter attached there.
+
+The module itself stays where it is, with its class, its name and its tensors; only its ``forward`` is answered by the slot,
+until the last delta leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.delta import Delta
+from graft.core.errors import GraftError
+from graft.core.target import SLOT, Target
+
+
+class Slot(nn.Module):
+    """The deltas at one target, by adapter name, and the baked weight while adapters are merged.
+
+    The adapted weight with adapters i active is ``W + sum_i (W'_i - W)``.
+    """
+
+    def __init__(self, target: Target):
+        super().__init__()
+        self.target = target
+        self.deltas = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.baked: nn.Module | None = None
+        self.base: Callable[[Tensor], Tensor] = target.module.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        baked = self.baked if self.baked is not None and set(self.merged) <= set(self.active) else None
+        if baked is None and len(self.active) == 1:
+            y: Tensor = self.deltas[self.active[0]](x)
+            return y
+        y = self.base(x) if baked is None else baked(x)
+        running = [name for name in self.active if baked is None or name not in self.merged]
+        if running:
+            plain = self.base(x)
+            for name in running:
+                y = y + (self.deltas[name](x) - plain)
+        return y
+
+    def bake(self, names: tuple[str, ...]) -> float:
+        """Writes the adapted weight of ``names`` beside W, computed in at least fp32 and rounded once.
+
+        Returns what rounding to the base's dtype lost: ``||round(W') - W'|| / ||W' - W||``.
+        """
+        self.merged, self.baked = (), None
+        if not names:
+            return 0.0
+        with torch.no_grad():
+            weight, bias = self.adapted(names)
+            baked = self.target.clone_module().requires_grad_(False)
+            stored = self.target.view(baked.weight)  # type: ignore[arg-type]
+            stored.copy_(weight)
+            if bias is not None:
+                baked.bias = nn.Parameter(bias.to(stored.dtype), requires_grad=False)
+            change = (weight - self.target.weight()).norm()
+            lost = float((stored.to(weight.dtype) - weight).norm() / change) if change > 0 else 0.0
+        baked.train(self.training)
+        self.merged, self.baked = names, baked
+        return lost
+
+    def adapted(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """``(W', b')`` with exactly the deltas of ``names``."""
+        if len(names) == 1:
+            delta = self.deltas[names[0]]
+            assert isinstance(delta, Delta)
+            return delta.weight()
+        base_weight, base_bias = self.target.weight().to(self.target.dtype), self.target.bias
+        weight, bias = base_weight, base_bias
+        for name in names:
+            delta = self.deltas[name]
+            assert isinstance(delta, Delta)
+            own_weight, own_bias = delta.weight()
+            weight = weight + (own_weight - base_weight)
+            if own_bias is not None:
+                bias = own_bias if bias is None else bias + (own_bias - (0 if base_bias is None else base_bias))
+        return weight, bias
+
+    def switch(self, name: str) -> None:
+        """Puts ``name`` in the place of whatever is merged; where both are sparse, only their own entries are written.
+
+        The result has the bits of a fresh :meth:`bake`.
+        """
+        old = self.deltas[self.merged[0]] if len(self.merged) == 1 and self.merged[0] in self.deltas else None
+        new = self.deltas[name] if name in self.deltas else None
+        before, after = (delta.entries() if isinstance(delta, Delta) else None for delta in (old, new))
+        if self.baked is None or before is None or after is None:
+            self.bake((name,) if new is not None else ())
+            return
+        with torch.no_grad():
+            stored, base = self.target.view(self.baked.weight), self.target.weight()  # type: ignore[arg-type]
+            for (indices, values), scale in ((before, 0.0), (after, 1.0)):
+                at = (indices // base.shape[1], indices % base.shape[1])
+                stored[at] = (base[at] + scale * values).to(stored.dtype)
+        self.merged = (name,)
+
+    def add(self, name: str, delta: Delta) -> None:
+        """Takes in the delta of adapter ``name``."""
+        if name in self.deltas:
+            raise GraftError(f"an adapter named {name!r} is attached already; choose another name or detach it first.")
+        self.deltas[name] = delta
+        self.active = (*self.active, name)
+
+    def remove(self, name: str) -> None:
+        """Lets the delta of ``name`` go; the last one takes the slot along and the module is as it was."""
+        if name in self.merged:
+            self.bake(tuple(other for other in self.merged if other != name))
+        del self.deltas[name]
+        self.active = tuple(other for other in self.active if other != name)
+        if not self.deltas:
+            module = self.target.module
+            del module._modules[SLOT]
+            del module.__dict__["forward"]
+
+
+def slot_of(target: Target) -> Slot:
+    """The slot of a target, made if there is none."""
+    slot = target.module._modules.get(SLOT)
+    if not isinstance(slot, Slot):
+        slot = Slot(target)
+        target.module.add_module(SLOT, slot)
+        target.module.forward = slot.forward
+        slot.train(target.module.training)
+    return slot

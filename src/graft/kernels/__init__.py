@@ -1,0 +1,1 @@
+"""Fused hot paths, each beside its plain reference and tested against it, forward and backward."""

@@ -1,0 +1,107 @@
+"""LoRA: a low-rank update beside the frozen weight; with rsLoRA's scale and LoRA+'s learning rates.
+
+    W' = W + s B A        W [out, in] frozen, A [r, in] and B [out, r] trained
+    s = alpha / r         (LoRA);  s = alpha / sqrt(r)  (rsLoRA, ``rslora=True``)
+    A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0             (embeddings: A = 0, B ~ N(0, 1))
+    lr_B = lr_ratio * lr_A                            (LoRA+)
+
+Hu et al., arXiv 2106.09685; rsLoRA: Kalajdzievski, arXiv 2312.03732; LoRA+: Hayou et al., arXiv 2402.12354.
+Paper and code of LoRA+ agree; vectors and heads learn at lr_B, as in its code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.errors import GraftError
+from graft.core.storage import patterns
+from graft.core.target import Target
+from graft.methods.factored import LowRank
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+PEFT_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(DeltaConfig):
+    """Hyper-parameters of LoRA."""
+
+    rank: int = option(8, "rank r of the update", paper="1..64", low=1)
+    alpha: float | None = option(None, "numerator of the scale; none: twice the rank", paper="r..2r", low=0)
+    rslora: bool = option(False, "divide alpha by sqrt(r) instead of r", paper="rsLoRA")
+    dropout: float = option(0.0, "chance of dropping an input of the branch while training", paper="0..0.1", low=0, high=0.99)
+    lr_ratio: float = option(1.0, "learning rate of B over that of A", paper="LoRA+: 2..32, about 16", low=0)
+
+    delta: ClassVar[type[LowRank]] = LowRank
+    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, PEFT_OPTIONS)
+
+    @property
+    def scale(self) -> float:
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {t.name: {"rank": self.rank, "scale": self.scale, "frozen": 0, "inactive": []} for t in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LowRank:
+        delta = self.delta(target, layout["rank"], layout["scale"], generator, self.dropout)
+        delta.use_layout(layout)
+        return delta
+
+    def groups(self, adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        if self.lr_ratio == 1:
+            return super().groups(adapter, lr, weight_decay)
+        slow = {id(pair.A) for pair in adapter.pairs().values()}
+        groups = super().groups(adapter, lr, weight_decay)
+        split = [{**g, "lr": rate, "params": [p for p in g["params"] if (id(p) in slow) == (rate == lr)]} for g in groups for rate in (lr, lr * self.lr_ratio)]
+        return [group for group in split if group["params"]]
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return self.rank * (out_features + in_features)
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        deltas = {name: delta for name, delta in adapter.deltas.items() if isinstance(delta, LowRank)}
+        ranks = {name: delta.rank + delta.layout["frozen"] for name, delta in deltas.items()}
+        rank, rank_pattern = patterns(ranks)
+        alpha, alpha_pattern = patterns({name: delta.scale * ranks[name] for name, delta in deltas.items()})
+        return {"r": rank, "rank_pattern": rank_pattern, "lora_alpha": alpha, "alpha_pattern": alpha_pattern,
+                "use_rslora": False, "use_dora": False, "lora_dropout": self.dropout, "bias": "none"}  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
+        if bool(config.get("use_dora")) != (cls is not LoRA):
+            return None
+        start = config.get("init_lora_weights", True)
+        if config.get("bias", "none") != "none" or config.get("lora_bias") or (isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")):
+            raise GraftError(f"the PEFT adapter uses bias={config.get('bias')!r}, lora_bias={config.get('lora_bias')!r}, init_lora_weights={start!r}, "
+                             "which train or change the base; export it from PEFT as a plain LoRA first.")  # fmt: skip
+        layouts = {}
+        for name, tensors in shapes.items():
+            rank = next(shape for key, shape in tensors.items() if key.startswith(("lora_A", "lora_embedding_A")))[0]
+            alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            layouts[name] = {"rank": rank, "scale": scale, "frozen": 0, "inactive": []}
+        own = cls(rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)), rslora=bool(config.get("use_rslora")))
+        return own, layouts
+
+
+def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, is the name or its end after a dot."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+catalogue.register(
+    Method("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv 2106.09685", "delta", "low-rank update B A", LoRA)
+)

