@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Iterator, Literal
 
 import torch
 
+from graft.core.adapter import Adapter
 from graft.core.errors import GraftError, nearest
+from graft.core.storage import load_adapter, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,6 +95,22 @@ def load(
     model.config._name_or_path = str(name)
     model.graft_reload = make  # detaching an adapter that took over the storage reads the weights again
     return model.eval().to(device or "cpu"), tokenizer
+
+
+def load_with_adapter(
+    path: str | Path, model: str | None = None, *, dtype: str | torch.dtype = "float32", check_base: bool = True
+) -> tuple[Adapter, PreTrainedTokenizerBase]:
+    """An adapter folder on its base model: the one that it names, or ``model``."""
+    config = read_config(path)
+    base = config.get("graft", {}).get("base", {})
+    name = model or base.get("name") or config.get("base_model_name_or_path")
+    if not name:
+        raise GraftError(f"{path} does not name its base model; pass --model.")
+    kind = base.get("class", "ForCausalLM")
+    task: Task = "classification" if "Classification" in kind else "causal" if "CausalLM" in kind or "LMHead" in kind else "features"
+    seed = config["graft"]["seed"] if base else 0  # a head that the run made new is drawn from the run's seed
+    loaded, tokenizer = load(name, dtype=dtype, task=task, labels=base.get("labels"), seed=seed)
+    return load_adapter(loaded, path, check_base=check_base), tokenizer
 
 
 def package_path(requirement: str, module: str, path: str) -> Path:

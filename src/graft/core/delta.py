@@ -152,6 +152,10 @@ class DeltaConfig(Part):
         """Trainable parameters at one target of this shape."""
         raise NotImplementedError
 
+    def total(self, targets: Sequence[Target]) -> int:
+        """Trainable parameters over all these targets."""
+        return sum(self.parameters(*target.shape) for target in targets)
+
     def peft_format(self) -> PeftFormat | None:
         """PEFT's format with these hyper-parameters; None where PEFT cannot express them."""
         return self.peft

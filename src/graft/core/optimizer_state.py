@@ -12,7 +12,12 @@ from torch import Tensor
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[tuple[str, Tensor]]:
     state = optimizer.state.get(parameter, {})
-    return [(name, value) for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    return [(name, value) for name, value in state.items() if _is_moment(name, value, parameter)]
+
+
+def _is_moment(name: str, value: object, parameter: Tensor) -> bool:
+    """``step`` is named because it has the shape of a scalar parameter."""
+    return name != "step" and isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def reset(optimizer: torch.optim.Optimizer, parameter: Tensor, index: Tensor | None = None, dim: int = 0) -> None:
@@ -38,7 +43,7 @@ def drop(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
 def replace(optimizer: torch.optim.Optimizer, old: torch.nn.Parameter, new: torch.nn.Parameter, index: Tensor, dim: int = 0) -> None:
     """Puts ``new`` in the place of ``old``, keeping the moments at ``index`` along ``dim`` (``new`` is ``old`` at ``index``)."""
     kept = {
-        name: value.index_select(dim, index) if isinstance(value, Tensor) and value.shape == old.shape else value
+        name: value.index_select(dim, index.to(value.device)) if _is_moment(name, value, old) else value
         for name, value in optimizer.state.pop(old, {}).items()
     }
     if kept:

@@ -27,7 +27,7 @@ from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError, nearest
 from graft.core.hashing import content_hash, fingerprint
-from graft.core.target import all_targets, find_targets
+from graft.core.target import Target, all_targets
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, SHARED = "base_model.model.", "base_model."
@@ -59,6 +59,7 @@ def write_folder(path: Path, files: Mapping[str, bytes | Mapping[str, Tensor]]) 
                 save_file({key: value.contiguous() for key, value in content.items()}, staging / name, metadata={"format": "pt"})
             with open(staging / name, "rb") as handle:
                 os.fsync(handle.fileno())
+            os.chmod(staging / name, 0o644)
         os.chmod(staging, 0o755)
         if path.exists():
             for name in files:
@@ -219,7 +220,8 @@ def _check_keys(file: Path, config: Any, known: Iterable[str], required: bool = 
             raise GraftError(f"{file} lacks the key {key!r}; save the adapter again.")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder by their names in the file; raises :class:`GraftError` for a damaged file."""
     try:
         with safe_open(path / TENSORS, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -236,29 +238,19 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, t
     """
     path = Path(path)
     config = read_config(path)
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     ours = config.get("graft")
     if ours is not None:
-        heads: list[str] = ours["modules_to_save"]
         if check_base:
-            _check_base(model, ours["base"], heads, path)
-        recipe, layouts, seed = _own_parts(ours, path)
+            _check_base(model, ours["base"], ours["modules_to_save"], path)
+        adapter = rebuild(model, config, name, path)
     else:
         heads = list(config.get("modules_to_save") or [])
         recipe, layouts = _peft_parts(config, tensors, heads, path)
-        seed = 0
-    targets = {target.name: target for target in find_targets(model, lambda t: True)}
-    for target_name, layout in layouts.items():
-        target = targets.get(target_name)
-        if target is None:
-            raise GraftError(f"{path} adapts {target_name!r}, which {type(model).__name__} does not have; {nearest(target_name, targets)}")
-        if ours is not None and (layout.pop("kind") != target.kind or tuple(layout.pop("shape")) != target.shape):
-            raise GraftError(f"{path} was made for another {target_name}: here it is {target}.")
-    adapter = build(model, name, recipe, [targets[n] for n in layouts], layouts, heads, seed)
+        adapter = build(model, name, recipe, _targets(model, layouts, path), layouts, heads, 0)
     try:
         _fill(adapter, tensors, path)
         if ours is not None:
-            adapter.step = int(ours["step"])
             if content_hash(tensors) != ours["content"]:
                 raise GraftError(f"{path / TENSORS} is not the file that {CONFIG} describes (its hash differs); copy both again.")
             expected = {k: v for k, v in json.loads(to_json(peft_config(adapter))).items() if k != "base_model_name_or_path"}
@@ -273,6 +265,28 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, t
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
     return adapter
+
+
+def rebuild(model: nn.Module, config: Mapping[str, Any], name: str, path: Path) -> Adapter:
+    """An adapter with the structure that a config of ours describes, its tensors still to be filled in; ``path`` is for messages."""
+    ours = config["graft"]
+    recipe, layouts, seed = _own_parts(ours, path)
+    targets = _targets(model, layouts, path)
+    for target in targets:
+        layout = layouts[target.name]
+        if layout.pop("kind") != target.kind or tuple(layout.pop("shape")) != target.shape:
+            raise GraftError(f"{path} was made for another {target.name}: here it is {target}.")
+    adapter = build(model, name, recipe, targets, layouts, ours["modules_to_save"], seed)
+    adapter.step = int(ours["step"])
+    return adapter
+
+
+def _targets(model: nn.Module, layouts: Mapping[str, Layout], path: Path) -> list[Target]:
+    targets = {target.name: target for target in all_targets(model)}
+    for name in layouts:
+        if name not in targets:
+            raise GraftError(f"{path} adapts {name!r}, which {type(model).__name__} does not have; {nearest(name, targets)}")
+    return [targets[name] for name in layouts]
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Any], heads: Iterable[str], path: Path) -> None:

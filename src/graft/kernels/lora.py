@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.kernels.precision import working_dtype
+
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     """The definition."""
@@ -21,8 +23,10 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Ten
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """The same in one call; W and b are frozen. Computes in x's dtype, whatever the dtype of A and B."""
-    y: Tensor = _LoraLinear.apply(x, weight.to(x.dtype), bias, A.to(x.dtype), B.to(x.dtype))  # type: ignore[no-untyped-call]
+    """The same in one call; W and b are frozen. Computes in x's dtype (autocast's where it is on), whatever that of the others."""
+    dtype = working_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _LoraLinear.apply(x.to(dtype), weight.to(dtype), bias, A.to(dtype), B.to(dtype))  # type: ignore[no-untyped-call]
     return y
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.kernels.precision import working_dtype
+
 
 def scatter(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """``W + S``; indices are unique."""
@@ -26,8 +28,10 @@ def sparse_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, indi
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, values: Tensor) -> Tensor:
-    """The same in one call; W and b are frozen. Computes in x's dtype, whatever the dtype of ``values``."""
-    y: Tensor = _SparseLinear.apply(x, weight.to(x.dtype), bias, indices, values.to(x.dtype))  # type: ignore[no-untyped-call]
+    """The same in one call; W and b are frozen. Computes in x's dtype (autocast's where it is on), whatever that of the others."""
+    dtype = working_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _SparseLinear.apply(x.to(dtype), weight.to(dtype), bias, indices, values.to(dtype))  # type: ignore[no-untyped-call]
     return y
 
 

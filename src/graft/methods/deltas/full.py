@@ -82,6 +82,10 @@ class Full(DeltaConfig):
     def parameters(self, out_features: int, in_features: int) -> int:
         return out_features * in_features
 
+    def total(self, targets: Sequence[Target]) -> int:
+        """Counts biases too, and tied weights once."""
+        return sum(p.numel() for p in {p for target in targets for p in target.module.parameters(recurse=False)})
+
     def release(self, adapter: Adapter) -> None:
         if self.keep_base:
             return

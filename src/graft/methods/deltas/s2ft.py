@@ -130,7 +130,12 @@ class S2FT(DeltaConfig):
         return S2FTDelta(target, layout)
 
     def parameters(self, out_features: int, in_features: int) -> int:
+        """At a down projection; the other roles have their own shares."""
         return out_features * round(self.down * in_features)
+
+    def total(self, targets: Sequence[Target]) -> int:
+        shares = {"down": self.down, "up": self.up, "o": self.o, "v": self.v}
+        return sum(round(shares.get(target.role, 0.0) * target.shape[0] * target.shape[1]) for target in targets)
 
 
 def unit_width(target: Target, model: nn.Module) -> int:

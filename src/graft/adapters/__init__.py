@@ -1,0 +1,1 @@
+"""What finished adapters do together, and the forms they can take."""

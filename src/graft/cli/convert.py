@@ -1,0 +1,55 @@
+"""graft convert"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Optional
+
+import typer
+
+from graft.cli import show
+
+
+class Form(str, Enum):
+    peft = "peft"
+    lora = "lora"
+    merged = "merged"
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
+    to: Annotated[Form, typer.Option(help="peft: PEFT's own keys alone; lora: a plain LoRA that every reader understands; merged: a new model.")],
+    output: Annotated[Optional[str], typer.Option(help="Folder to write. [default: DIR-peft, DIR-lora or DIR-merged]")] = None,
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the LoRA. [default: the smallest within --tolerance]")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, max=1.0, help="Relative error of the update that a LoRA may have.")] = 0.0,
+    model: Annotated[Optional[str], typer.Option(help="Base model. [default: the adapter's own]")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of a merged model: float32 or bfloat16.")] = "float32",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write an adapter in another form, with the error that the form costs.
+
+    Example: graft convert runs/reviews --to lora --tolerance 0.05
+    """
+    from graft.adapters.export import save_as_lora, save_as_peft
+    from graft.cli.merge import merge
+    from graft.models import load_with_adapter
+
+    output = output or f"{adapter.rstrip('/')}-{to.value}"
+    if to is Form.merged:
+        merge(adapter, output, model, dtype, json_)
+        return
+    attached, _ = load_with_adapter(adapter, model)
+    if to is Form.peft:
+        save_as_peft(attached, output)
+        said = {"output": output, "rank": None, "errors": {}}
+    else:
+        with show.progress("factoring") as advance:
+            report = save_as_lora(attached, output, rank=rank, tolerance=tolerance, progress=advance)
+        said = {"output": output, "rank": report.rank, "errors": report.errors}
+    if json_:
+        show.print_json(said)
+    elif to is Form.peft:
+        show.out.print(f"Wrote {output} in PEFT's form.")
+    else:
+        worst = max(report.errors.items(), key=lambda item: item[1])
+        show.out.print(f"Wrote {output}: a LoRA of rank {report.rank}, off by at most {worst[1]:.2g} of the update, at {worst[0]}.")

@@ -1,0 +1,64 @@
+"""What commands share: progress bars with time left on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from graft.core.errors import GraftError
+
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[..., None]]:
+    """A bar; call what it gives with (done, of how many, optional note)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task(label, total=None, note="")
+
+        def advance(done: int, total: int, note: str | dict[str, Any] = "") -> None:
+            text = f"loss {note['loss']:.4f}" if isinstance(note, dict) else note
+            bar.update(task, completed=done, total=total, note=text)
+
+        yield advance
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line."""
+    print(json.dumps(value))
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]], right: tuple[str, ...] = ()) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out.print(table)
+
+
+def settings(pairs: list[str]) -> dict[str, str]:
+    """``name=value`` pairs of ``--set``."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise GraftError(f"--set takes name=value, such as --set rank=8, but got {pair!r}.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""Reading data and turning it into what a model takes."""

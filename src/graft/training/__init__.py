@@ -1,0 +1,1 @@
+"""Fine-tuning, evaluating and generating, on transformers."""

@@ -1,0 +1,267 @@
+"""One fine-tuning run: data to adapter, on ``transformers.Trainer``, killed and resumed without a trace.
+
+The method acts through the optimizer's step hooks, so the trainer is the usual one; only its checkpoints are replaced, by ones
+that hold an adapter instead of a model, never pickle, and everything that an exact resume needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from graft.core.adapter import Adapter, attach
+from graft.core.catalogue import catalogue
+from graft.core.errors import GraftError
+from graft.core.hashing import fingerprint
+from graft.core.storage import rebuild, to_json
+from graft.data.encoding import Encoded, collator, encode
+from graft.data.reading import Table, read
+from graft.models import load
+from graft.training import checkpoint
+from graft.training.config import FitConfig
+
+RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+Progress = Callable[[int, int, dict[str, Any]], None]  # (updates done, of how many, the last line of metrics.jsonl)
+
+
+def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Fine-tunes as ``config`` says and returns what ``run.json`` holds.
+
+    Writes into ``config.output``: the adapter, ``run.json``, ``metrics.jsonl`` (a line an update) and checkpoints on the way. With
+    ``resume`` the run goes on from its newest checkpoint and ends with the same weights as one that was never stopped.
+    Raises :class:`GraftError` for anything wrong with data, method or folder, before anything is written.
+    """
+    folder = config.folder
+    method = catalogue[config.method]
+    method.recipe(**config.settings)
+    start = _starting_point(folder, config, resume)
+    torch.manual_seed(config.seed)
+    table = read(config.data)
+    model, tokenizer = load(
+        config.model, dtype=config.dtype, task=_task(table), labels=table.labels if table.kind == "labels" else None, seed=config.seed
+    )
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and config.max_length > room:
+        raise GraftError(f"max_length is {config.max_length}, but {config.model} reads at most {room} tokens; lower it.")
+    encoded = encode(table, tokenizer, config.max_length, table.labels)
+    collate = collator(tokenizer.pad_token_id)
+    if start is None:
+        adapter = _attach(config, model, encoded, collate, table)
+    else:
+        adapter = rebuild(model, json.loads((start / checkpoint.ADAPTER).read_text()), "default", start)
+    optimizer = adapter.optimizer(config.lr, config.steps, config.weight_decay)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / RUN, {"config": config.model_dump(), "state": "running"})
+    record = _Recorder(folder / METRICS, progress)
+    trainer = GraftTrainer(
+        model=model, args=_arguments(config), train_dataset=encoded, data_collator=collate, optimizers=(optimizer, None), callbacks=[record]
+    )  # fmt: skip
+    trainer.adapter, trainer.checkpoints, trainer.order_seed = adapter, folder / CHECKPOINTS, config.seed
+    trainer.remove_callback(transformers.PrinterCallback)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # the bound hooks hide the first call
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    model.eval()
+    adapter.save(folder)
+    run = {
+        "state": "finished",
+        "config": config.model_dump(),
+        "method": adapter.method,
+        "trainable_parameters": adapter.parameter_count,
+        "rows": len(table),
+        "rows_shortened": encoded.shortened,
+        "loss": record.last["loss"],
+        "tokens_per_second": trainer.tokens / max(sum(record.seconds), 1e-9),
+        "step_seconds": statistics.median(record.seconds) if record.seconds else None,
+        "peak_memory_bytes": peak_memory(),
+        "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
+        "base": {"name": config.model, "fingerprint": adapter.fingerprint or fingerprint(model, adapter.modules_to_save)},
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+    }
+    _write_json(folder / RUN, run)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return run
+
+
+def _attach(config: FitConfig, model: nn.Module, encoded: Encoded, collate: Any, table: Table) -> Adapter:
+    """The adapter of a fresh run, calibrated on the first rows in training order where the method asks for it."""
+    order = list(DataOrder(len(encoded), config.seed))
+    batches = [
+        collate([encoded[i] for i in order[start : start + config.batch_size]])
+        for start in range(0, min(len(order), config.calibration_batches * config.batch_size), config.batch_size)
+    ]
+    heads = _new_head(model, config) if table.kind == "labels" else []
+    return attach(model, config.method, targets=config.targets, seed=config.seed, calibration=batches, modules_to_save=heads, **config.settings)
+
+
+def _new_head(model: nn.Module, config: FitConfig) -> list[str]:
+    """The name of the classification head, unless the method trains it anyway."""
+    if (config.targets or catalogue[config.method].default_targets) == "all":
+        return []
+    return [name for name in ("classifier", "score") if hasattr(model, name)]
+
+
+def _task(table: Table) -> Any:
+    return "classification" if table.kind == "labels" else "causal"
+
+
+def _starting_point(folder: Path, config: FitConfig, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a fresh start. Refuses to write over another run."""
+    if not (folder / RUN).is_file():
+        return None
+    before = json.loads((folder / RUN).read_text())
+    if not resume:
+        raise GraftError(f"{folder} holds a run already; pass --resume to go on with it, or another --output.")
+    if before["state"] == "finished":
+        raise GraftError(f"the run in {folder} is finished; choose another --output for a new one.")
+    different = [key for key, value in config.model_dump().items() if before["config"].get(key) != value]
+    if different:
+        key = different[0]
+        raise GraftError(f"{folder} holds a run with {key} = {before['config'].get(key)!r}, not {getattr(config, key)!r}; resume it with its own settings.")
+    return checkpoint.latest(folder / CHECKPOINTS)
+
+
+def _arguments(config: FitConfig) -> transformers.TrainingArguments:
+    every = config.checkpoint_every or max(1, config.steps // 10)
+    return transformers.TrainingArguments(
+        output_dir=str(config.folder / CHECKPOINTS), max_steps=config.steps, per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation, learning_rate=config.lr, lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * config.steps), max_grad_norm=config.max_grad_norm, seed=config.seed, data_seed=config.seed,
+        save_strategy="steps", save_steps=every, logging_steps=1, report_to=[], disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+class DataOrder(Sampler[int]):
+    """A permutation of the rows for each epoch, a function of seed and epoch alone, so that a resumed run sees the same rows."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+class GraftTrainer(transformers.Trainer):
+    """The usual trainer, with our data order and checkpoints."""
+
+    adapter: Adapter
+    checkpoints: Path
+    order_seed: int = 0
+    tokens: int = 0  # real tokens, without padding, since this process began
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return DataOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.order_seed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        self.tokens += int(inputs["attention_mask"].sum())
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        others = {"trainer": vars(self.state) | {"stateful_callbacks": {}}, "schedule": self.lr_scheduler.state_dict()}
+        folder = self.checkpoints / checkpoint.name(self.state.global_step)
+        checkpoint.save(folder, self.adapter, self.optimizer.optimizer, json.loads(json.dumps(others, default=lambda o: None)))
+        checkpoint.keep_newest(self.checkpoints, 2)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The adapter comes back together with the optimizer, in the next method."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        state = checkpoint.read(Path(checkpoint_folder))
+        checkpoint.restore(state, self.adapter, self.optimizer.optimizer)
+        self.lr_scheduler.load_state_dict(state["others"]["schedule"])
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.restore_random(checkpoint.read(Path(checkpoint_folder)))
+
+
+class _Recorder(TrainerCallback):
+    """Writes a line of metrics an update, and tells whoever watches."""
+
+    def __init__(self, path: Path, progress: Progress | None):
+        self.path, self.progress = path, progress
+        self.seconds: list[float] = []
+        self.last: dict[str, Any] = {"loss": None}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if _step(line) <= state.global_step] if state.global_step else []
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        if kept:
+            self.last = json.loads(kept[-1])
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.last = {
+            "step": state.global_step, "loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
+            "seconds": round(self.seconds[-1], 4),
+        }  # fmt: skip
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.last) + "\n")
+        if self.progress:
+            self.progress(state.global_step, state.max_steps, self.last)
+
+
+def _step(line: str) -> int:
+    """The update that a line of metrics tells of; a line that a kill cut short counts as never written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return sys.maxsize
+
+
+def _write_json(path: Path, value: Any) -> None:
+    staging = path.with_name(f".{path.name}")
+    staging.write_bytes(to_json(value))
+    os.replace(staging, path)
+
+
+def peak_memory() -> int:
+    """Bytes at the highest: device memory where there is a GPU, else this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what a run computes."""
+    names = ("graft", "torch", "transformers", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
