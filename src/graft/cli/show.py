@@ -18,16 +18,21 @@ out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highli
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[..., None]]:
-    """A bar; call what it gives with (done, of how many, optional note)."""
+    """A bar, shown from the first call of what it gives with (done, of how many, optional note), so that a refusal stands alone."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=err) as bar:
-        task = bar.add_task(label, total=None, note="")
+    bar = Progress(*columns, console=err)
+    task = bar.add_task(label, total=None, note="")
 
-        def advance(done: int, total: int, note: str | dict[str, Any] = "") -> None:
-            text = f"loss {note['loss']:.4f}" if isinstance(note, dict) else note
-            bar.update(task, completed=done, total=total, note=text)
+    def advance(done: int, total: int, note: str | dict[str, Any] = "") -> None:
+        bar.start()
+        text = f"loss {note['loss']:.4f}" if isinstance(note, dict) else note
+        bar.update(task, completed=done, total=total, note=text)
 
+    try:
         yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def print_json(value: Any) -> None:

@@ -206,7 +206,7 @@ class Adapter:
         return bool(self._hooks)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.callbacks and (len(args) > 1 or kwargs.get("closure")):
+        if self.callbacks and any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):
             raise GraftError("optimizer.step(closure) computes gradients where callbacks cannot see them; call backward() before step().")
         for callback in self.callbacks:
             penalty = callback.penalty()
@@ -250,12 +250,13 @@ class Adapter:
 
     def load_state_dict(self, state: State) -> None:
         """The inverse of :meth:`state_dict`, on an adapter attached in the same way and bound to its optimizer."""
+        tensors, saved = self.tensors(), {name.removeprefix("tensors."): value for name, value in state.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if name not in saved or saved[name].shape != value.shape:
+                raise GraftError(f"the saved state does not fit adapter {self.name!r} at {name}; attach it with the settings of that run.")
         with torch.no_grad():
-            for name, value in self.tensors().items():
-                saved = state.get(f"tensors.{name}")
-                if not isinstance(saved, Tensor) or saved.shape != value.shape:
-                    raise GraftError(f"the saved state does not fit adapter {self.name!r} at {name}; attach it with the settings of that run.")
-                value.copy_(saved)
+            for name, value in tensors.items():
+                value.copy_(saved[name])
         step = state["step"]
         assert isinstance(step, int)
         self.step = step

@@ -136,7 +136,9 @@ class Calibration:
             with self._running(), torch.enable_grad(), ExitStack() as hooks:
                 for target in targets:
                     hooks.enter_context(_removing(target.module.register_forward_hook(hear(target))))
-                torch.autograd.grad(self.loss(self.model, _on_device(self.model, batch)), probes)
+                loss = self.loss(self.model, _on_device(self.model, batch))
+                if probes:
+                    torch.autograd.grad(loss, probes, allow_unused=True)  # what the loss does not read has gradient zero
             probes.clear()
         return {target: total / len(self.batches) for target, total in sums.items()}
 
@@ -158,20 +160,27 @@ def _weight_gradient(target: Target, x: Tensor, gradient: Tensor) -> Tensor:
         gradient = gradient.flatten(2).transpose(1, 2)
     rows = gradient.reshape(-1, gradient.shape[-1]).float()
     if target.kind == "embedding":
-        return torch.zeros(target.shape[1], target.shape[0], device=rows.device).index_add_(0, x.reshape(-1), rows).T
+        table = torch.zeros(target.shape[1], target.shape[0], device=rows.device).index_add_(0, x.reshape(-1), rows)
+        padding = getattr(target.module, "padding_idx", None)
+        if padding is not None:  # torch never trains this row
+            table[padding] = 0
+        return table.T
     return rows.T @ target.rows(x).float()
 
 
 def _token_mask(batch: Batch, labelled: bool) -> Tensor | None:
     labels, attention = batch.get("labels"), batch.get("attention_mask")
+    present = attention.bool() if isinstance(attention, Tensor) else None
     if labelled and isinstance(labels, Tensor) and labels.ndim == 2 and bool((labels == -100).any()):
-        return labels != -100
-    return attention.bool() if isinstance(attention, Tensor) else None
+        labelled_ones = labels != -100
+        return labelled_ones & present if present is not None and present.shape == labels.shape else labelled_ones
+    return present
 
 
 def _rows(target: Target, x: Tensor, mask: Tensor | None) -> Tensor:
     rows = target.rows(x)
-    if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
+    positions = x.shape if target.kind == "embedding" else x.shape[:-1]
+    if mask is not None and (positions == mask.shape or positions == (mask.numel(),)):  # some models flatten batch and length
         rows = rows[mask.reshape(-1).to(rows.device)]
     return rows
 

@@ -95,9 +95,10 @@ class Slot(nn.Module):
             return
         with torch.no_grad():
             stored, base = self.target.view(self.baked.weight), self.target.weight()  # type: ignore[arg-type]
-            for (indices, values), scale in ((before, 0.0), (after, 1.0)):
-                at = (indices // base.shape[1], indices % base.shape[1])
-                stored[at] = (base[at] + scale * values).to(stored.dtype)
+            at = (before[0] // base.shape[1], before[0] % base.shape[1])
+            stored[at] = base[at]
+            at = (after[0] // base.shape[1], after[0] % base.shape[1])
+            stored[at] = (base[at] + after[1]).to(stored.dtype)
         self.merged = (name,)
 
     def add(self, name: str, delta: Delta) -> None:

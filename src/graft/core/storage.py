@@ -12,7 +12,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ _PEFT_COMMON = (
     "peft_type", "base_model_name_or_path", "task_type", "inference_mode", "target_modules", "modules_to_save", "fan_in_fan_out", "bias",
     "peft_version", "revision", "auto_mapping", "exclude_modules", "layers_to_transform", "layers_pattern", "init_weights",
     "init_lora_weights", "lora_dropout", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "lora_bias", "ensure_weight_tying", "r",
+    "lora_ga_config", "lora_bias", "ensure_weight_tying", "qalora_group_size", "r",
+)  # fmt: skip
+# Options of PEFT's that change the function in ways that Graft does not have; its files name them all, switched off.
+_PEFT_OFF = (
+    "trainable_token_indices", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
 _GRAFT_KEYS = ("format", "version", "method", "parts", "seed", "step", "targets", "modules_to_save", "base", "content")
 
@@ -194,8 +200,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
         raise GraftError(f"{path} has no readable {CONFIG}; is it the folder that save() wrote?")
     try:
-        config = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(file.read_text("utf-8"), parse_constant=_no_constant)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise GraftError(f"{file} is not valid JSON ({error}); save the adapter again.") from None
     if not isinstance(config, dict) or not ("graft" in config or "peft_type" in config):
         raise GraftError(f"{file} has neither a 'graft' nor a 'peft_type' key, so it does not describe an adapter.")
@@ -205,8 +211,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if ours["format"] != FORMAT:
             raise GraftError(f"{file} has format {ours['format']!r}, and this version of Graft reads {FORMAT}; update Graft.")
     known = {key for row in catalogue if row.delta.peft for key in row.delta.peft.options}
-    _check_keys(file, config, ("graft", *_PEFT_COMMON, *known))
+    _check_keys(file, config, ("graft", *_PEFT_COMMON, *_PEFT_OFF, *known))
+    for key in _PEFT_OFF:
+        if config.get(key):
+            raise GraftError(f"{file} sets PEFT's option {key!r} to {config[key]!r}, which Graft does not have; export the adapter from PEFT without it.")
     return config
+
+
+def _no_constant(text: str) -> float:
+    raise GraftError(f"the config holds the number {text}, which must be finite; save the adapter again.")
 
 
 def _check_keys(file: Path, config: Any, known: Iterable[str], required: bool = False) -> None:
@@ -240,14 +253,17 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, t
     config = read_config(path)
     tensors = read_tensors(path)
     ours = config.get("graft")
-    if ours is not None:
-        if check_base:
-            _check_base(model, ours["base"], ours["modules_to_save"], path)
-        adapter = rebuild(model, config, name, path)
-    else:
-        heads = list(config.get("modules_to_save") or [])
-        recipe, layouts = _peft_parts(config, tensors, heads, path)
-        adapter = build(model, name, recipe, _targets(model, layouts, path), layouts, heads, 0)
+    with _described_by(path / CONFIG):
+        if ours is not None:
+            if check_base:
+                _check_base(model, ours["base"], ours["modules_to_save"], path)
+            adapter = rebuild(model, config, name, path)
+        else:
+            # PEFT names heads that the model may not have ("classifier", "score"): those in the file count
+            heads = [head for head in config.get("modules_to_save") or [] if any(f".{head}." in f".{key}" for key in tensors)]
+            tensors = _without_base(model, tensors)
+            recipe, layouts = _peft_parts(config, tensors, heads, path)
+            adapter = build(model, name, recipe, _targets(model, layouts, path), layouts, heads, 0)
     try:
         _fill(adapter, tensors, path)
         if ours is not None:
@@ -267,6 +283,18 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, t
     return adapter
 
 
+@contextmanager
+def _described_by(file: Path) -> Iterator[None]:
+    """Values of the wrong kind anywhere in a config show as the errors of whoever reads them; the user learns which file it was."""
+    try:
+        yield
+    except GraftError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError, StopIteration) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise GraftError(f"{file} does not describe an adapter ({reason}); save it again.") from None
+
+
 def rebuild(model: nn.Module, config: Mapping[str, Any], name: str, path: Path) -> Adapter:
     """An adapter with the structure that a config of ours describes, its tensors still to be filled in; ``path`` is for messages."""
     ours = config["graft"]
@@ -276,17 +304,21 @@ def rebuild(model: nn.Module, config: Mapping[str, Any], name: str, path: Path) 
         layout = layouts[target.name]
         if layout.pop("kind") != target.kind or tuple(layout.pop("shape")) != target.shape:
             raise GraftError(f"{path} was made for another {target.name}: here it is {target}.")
+    step = int(ours["step"])
     adapter = build(model, name, recipe, targets, layouts, ours["modules_to_save"], seed)
-    adapter.step = int(ours["step"])
+    adapter.step = step
     return adapter
 
 
 def _targets(model: nn.Module, layouts: Mapping[str, Layout], path: Path) -> list[Target]:
+    """The targets of ``layouts`` in the model's order, the order that :func:`attach` builds in."""
     targets = {target.name: target for target in all_targets(model)}
+    if not layouts:
+        raise GraftError(f"{path} adapts no target, so it would change nothing; save the adapter again.")
     for name in layouts:
         if name not in targets:
             raise GraftError(f"{path} adapts {name!r}, which {type(model).__name__} does not have; {nearest(name, targets)}")
-    return [targets[name] for name in layouts]
+    return [target for name, target in targets.items() if name in layouts]
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Any], heads: Iterable[str], path: Path) -> None:
@@ -297,16 +329,24 @@ def _check_base(model: nn.Module, base: Mapping[str, Any], heads: Iterable[str],
         )
 
 
+def _without_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are not the base's own: PEFT saves embeddings and the head along, unchanged, when one of them is a target."""
+    base = dict(model.named_parameters(remove_duplicate=False))
+
+    def unchanged(name: str, value: Tensor) -> bool:
+        own = base.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        return own is not None and own.shape == value.shape and torch.equal(own.detach().cpu(), value.to(own.dtype))
+
+    return {name: value for name, value in tensors.items() if not unchanged(name, value)}
+
+
 def _own_parts(ours: Mapping[str, Any], path: Path) -> tuple[Recipe, dict[str, Layout], int]:
-    try:
-        parts = [catalogue.part(part).parse(settings) for part, settings in ours["parts"].items()]
-        deltas = [part for part in parts if isinstance(part, DeltaConfig)]
-        layouts = {target: dict(layout) for target, layout in ours["targets"].items()}
-        if len(deltas) != 1 or not all({"kind", "shape"} <= set(layout) for layout in layouts.values()):
-            raise GraftError(f"{path / CONFIG} must name one delta and the kind and shape of every target.")
-        return compose(deltas[0], [part for part in parts if part is not deltas[0]]), layouts, int(ours["seed"])
-    except (TypeError, AttributeError, KeyError) as error:
-        raise GraftError(f"{path / CONFIG} does not describe an adapter ({error}); save it again.") from None
+    parts = [catalogue.part(part).parse(settings) for part, settings in ours["parts"].items()]
+    deltas = [part for part in parts if isinstance(part, DeltaConfig)]
+    layouts = {target: dict(layout) for target, layout in ours["targets"].items()}
+    if len(deltas) != 1 or not all({"kind", "shape"} <= set(layout) for layout in layouts.values()):
+        raise GraftError(f"{path / CONFIG} must name one delta and the kind and shape of every target.")
+    return compose(deltas[0], [part for part in parts if part is not deltas[0]]), layouts, int(ours["seed"])
 
 
 def _peft_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], heads: Iterable[str], path: Path) -> tuple[Recipe, dict[str, Layout]]:
@@ -317,7 +357,9 @@ def _peft_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], heads:
         raise GraftError(f"{path} is a PEFT adapter of type {config['peft_type']}, which Graft does not read; it reads {', '.join(sorted(known))}.")
     for row in rows:
         assert row.delta.peft is not None
-        suffixes = sorted(row.delta.peft.keys.values(), key=len, reverse=True)
+        plain = row.delta.peft.keys.values()
+        on_embeddings = [suffix.removesuffix(".weight").replace("lora_", "lora_embedding_") for suffix in plain]  # PEFT's other name there
+        suffixes = sorted([*plain, *on_embeddings], key=len, reverse=True)
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for key, value in tensors.items():
             suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)

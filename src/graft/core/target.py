@@ -152,6 +152,8 @@ class Target:
 
     def rows(self, x: Tensor) -> Tensor:
         """The inputs of the map as vectors ``[n, in]``, one for each position."""
+        if not self.pointwise:
+            raise GraftError(f"{self} has no single input for all of its outputs: grouped convolutions and norms are left out; narrow the targets.")
         if self.kind == "conv2d":
             conv = self.module
             assert isinstance(conv, nn.Conv2d) and isinstance(conv.padding, tuple)
@@ -260,7 +262,7 @@ def _nothing_matched(model: nn.Module, pattern: str, candidates: list[Target]) -
     if not candidates:
         return f"{type(model).__name__} holds no linear map, convolution, embedding or norm that could be adapted."
     for name, module in model.named_modules():
-        if isinstance(module, _BYPASS) and any(fnmatchcase(child, f"*{pattern}") for child, _ in module.named_modules()):
+        if isinstance(module, _BYPASS) and any(fnmatchcase(f"{name}.{child}", f"*{pattern}") for child, _ in module.named_modules()):
             return f"{pattern!r} lies inside {name} ({type(module).__name__}), which reads its weights without calling its children, so a delta there would do nothing."
     leaves = sorted({target.name.rsplit(".", 1)[-1] for target in candidates})
     roles = sorted({target.role for target in candidates} | {"linear", "all"})

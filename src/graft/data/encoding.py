@@ -85,7 +85,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, room: int) ->
         return ids, False
     overhead = len(tokens(tokenizer, prompt_text(tokenizer, "x"), first=True))
     offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    keep = room - overhead
+    keep = room - overhead + 1  # "x" is one of the tokens counted
     while keep > 0:
         ids = tokens(tokenizer, prompt_text(tokenizer, prompt[: offsets[min(keep, len(offsets)) - 1][1]]), first=True)
         if len(ids) <= room:

@@ -24,12 +24,12 @@ from graft.core.storage import adapter_config, to_json, write_folder
 TENSORS, STATE, ADAPTER = "state.safetensors", "state.json", "adapter.json"
 
 
-def save(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, others: dict[str, Any]) -> None:
-    """Writes a checkpoint; ``others`` are JSON values that come back as they are."""
-    state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(), "others": others}
+def save(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, schedule: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Writes a checkpoint; ``schedule`` are JSON values that come back as they are, ``files`` are written along."""
+    state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(), "schedule": schedule, "order": _order(adapter, optimizer)}
     tensors: dict[str, Tensor] = {}
     plain = _split(state, "", tensors)
-    write_folder(folder, {TENSORS: tensors, STATE: to_json(plain), ADAPTER: to_json(adapter_config(adapter, "checkpoint"))})
+    write_folder(folder, {TENSORS: tensors, STATE: to_json(plain), ADAPTER: to_json(adapter_config(adapter, "checkpoint")), **files})
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -45,9 +45,17 @@ def read(folder: Path) -> dict[str, Any]:
 
 def restore(state: dict[str, Any], adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
     """Puts adapter, callbacks and optimizer back; random numbers come back with :func:`restore_random`."""
+    if state["order"] != _order(adapter, optimizer):
+        raise GraftError("the checkpoint's optimizer holds other parameters, or in another order, than this run; resume it with its own settings.")
     adapter.load_state_dict(state["adapter"])
     saved = state["optimizer"]
     optimizer.load_state_dict({"state": {int(k): v for k, v in saved["state"].items()}, "param_groups": saved["param_groups"]})
+
+
+def _order(adapter: Adapter, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimizer's parameters: its state is kept by position, so the positions must mean the same."""
+    names = {id(p): f"{target}.{name}" for target, delta in adapter.deltas.items() for name, p in delta.named_parameters()}
+    return [names.get(id(p), "?") for group in optimizer.param_groups for p in group["params"]]
 
 
 def latest(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ that hold an adapter instead of a model, never pickle, and everything that an ex
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from graft.core.adapter import Adapter, attach
@@ -185,9 +187,9 @@ class GraftTrainer(transformers.Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        others = {"trainer": vars(self.state) | {"stateful_callbacks": {}}, "schedule": self.lr_scheduler.state_dict()}
         folder = self.checkpoints / checkpoint.name(self.state.global_step)
-        checkpoint.save(folder, self.adapter, self.optimizer.optimizer, json.loads(json.dumps(others, default=lambda o: None)))
+        progress = {TRAINER_STATE_NAME: to_json(dataclasses.asdict(self.state))}
+        checkpoint.save(folder, self.adapter, self.optimizer.optimizer, self.lr_scheduler.state_dict(), progress)
         checkpoint.keep_newest(self.checkpoints, 2)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -198,7 +200,7 @@ class GraftTrainer(transformers.Trainer):
             return
         state = checkpoint.read(Path(checkpoint_folder))
         checkpoint.restore(state, self.adapter, self.optimizer.optimizer)
-        self.lr_scheduler.load_state_dict(state["others"]["schedule"])
+        self.lr_scheduler.load_state_dict(state["schedule"])
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:

@@ -146,10 +146,11 @@ class Budget(Callback):
 
     def after_update(self, step: int) -> None:
         t, (first, last) = step + 1, self.phases
-        if t <= last:
+        if t <= last or not self.kept:
             self._observe()
-        if t == last or (first < t < last and t % self.config.interval == 0):
-            self._cut(self.budget(t), remember=t == last)
+        ending = t == last or (t > last and not self.kept)  # bound anew with fewer steps than are done: the last cut comes now
+        if ending or (first < t < last and t % self.config.interval == 0):
+            self._cut(self.budget(t), remember=ending)
         elif t > last:
             with torch.no_grad():
                 for name, delta in self.deltas().items():

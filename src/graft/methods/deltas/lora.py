@@ -64,8 +64,9 @@ class LoRA(DeltaConfig):
         if self.lr_ratio == 1:
             return super().groups(adapter, lr, weight_decay)
         slow = {id(pair.A) for pair in adapter.pairs().values()}
+        rates = {True: lr, False: lr * self.lr_ratio}
         groups = super().groups(adapter, lr, weight_decay)
-        split = [{**g, "lr": rate, "params": [p for p in g["params"] if (id(p) in slow) == (rate == lr)]} for g in groups for rate in (lr, lr * self.lr_ratio)]
+        split = [{**g, "lr": rates[of_A], "params": [p for p in g["params"] if (id(p) in slow) == of_A]} for g in groups for of_A in rates]
         return [group for group in split if group["params"]]
 
     def parameters(self, out_features: int, in_features: int) -> int:

@@ -43,8 +43,14 @@ class Bases(nn.Module):
             A, B = A - 0.5, B - 0.5
         else:  # -1, 0 or 1, with probability 1 / (2 sparsity) for either sign
             A, B = ((x > 1 - 0.5 / sparsity).float() - (x < 0.5 / sparsity).float() for x in (A, B))
-        self.register_buffer("randlora_A", A / A.std(), persistent=save)
-        self.register_buffer("randlora_B", B / B.std(), persistent=save)
+        self.register_buffer("randlora_A", unit(A), persistent=save)
+        self.register_buffer("randlora_B", unit(B), persistent=save)
+
+
+def unit(base: Tensor) -> Tensor:
+    """``base`` over its own deviation; a single number, or one where every entry is zero, has none and stays finite."""
+    deviation = base.std() if base.numel() > 1 else base.abs().max()
+    return base / deviation if deviation > 0 else base
 
 
 class RandLoRADelta(Delta):

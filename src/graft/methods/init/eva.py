@@ -43,6 +43,10 @@ class EVA(Init):
         targets = [delta.target for delta in deltas.values()]
         wanted = {name: min(round(self.rho * delta.rank), *delta.target.shape) for name, delta in deltas.items()}
         groups = calibration.groups(targets)
+        reached = {target.name for group in groups for target in group}
+        missed = [target.name for target in targets if target.name not in reached]
+        if missed:
+            raise GraftError(f"the first calibration batch does not reach {missed[0]} ({len(missed)} targets in all); narrow the targets.")
         analysed = {group[0].name: IncrementalPCA(max(wanted[t.name] for t in group)) for group in groups}
 
         def consume(target: Target, rows: Tensor) -> None:
@@ -53,6 +57,8 @@ class EVA(Init):
             pca.finish()
         found = {target.name: analysed[group[0].name] for group in groups for target in group}
         ranks = self.ranks({name: found[name].ratio[: wanted[name]] for name in deltas}, sum(d.rank for d in deltas.values()))
+        if not any(ranks.values()):
+            raise GraftError("the inputs of all targets are constant over the calibration batches, so EVA finds no direction; give others.")
         for name, delta in deltas.items():
             if not ranks[name]:
                 adapter.drop_target(name)

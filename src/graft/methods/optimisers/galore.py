@@ -41,13 +41,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
                  weight_decay: float = 0.0, per_layer: bool = False):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_interval": 200, "projection_scale": 0.25, "side": "std"}
-        super().__init__(params, defaults)
         self.per_layer = per_layer
-        if per_layer:
-            self._stepped: set[Tensor] = set()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.register_post_accumulate_grad_hook(self._step_in_backward(group))
+        self._stepped: set[Tensor] = set()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self.per_layer:
+            number = len(self.param_groups) - 1  # not the group itself: load_state_dict puts others in their place
+            for parameter in self.param_groups[number]["params"]:
+                parameter.register_post_accumulate_grad_hook(self._step_in_backward(number))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -64,14 +67,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
-    def _step_in_backward(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
+    def _step_in_backward(self, number: int) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def hook(parameter: Tensor) -> None:
             if parameter in self._stepped:
                 raise GraftError("per_layer updates each weight in the backward pass, so gradients cannot accumulate; call step() after every backward().")
             self._stepped.add(parameter)
             assert parameter.grad is not None
-            self._update(parameter, parameter.grad, group)
+            self._update(parameter, parameter.grad, self.param_groups[number])
             parameter.grad = None
 
         return hook

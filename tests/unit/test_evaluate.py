@@ -1,0 +1,75 @@
+"""Evaluation against plain loops over single rows, and rules that fit the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import graft
+from graft.data.encoding import encode
+from graft.data.reading import read
+from graft.training.evaluate import evaluate, generate
+from tests import folders
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    return graft.load(folders.causal(tmp_path_factory.mktemp("model")))
+
+
+def _log_likelihood(model, tokenizer, prompt: str, answer: str) -> float:  # type: ignore[no-untyped-def]
+    """One row, no batch, no padding: the plain definition."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    start = tokenizer(text, add_special_tokens=False).input_ids
+    end = tokenizer(f"{answer} </s>", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        scores = model(torch.tensor([start + end])).logits[0].log_softmax(-1)
+    return float(sum(scores[len(start) + i - 1, token] for i, token in enumerate(end)))
+
+
+@pytest.mark.parametrize("choices", [["good", "bad", "cold"], ["very good", "very bad", "cold"]])
+def test_choices_agree_with_row_by_row_scores(causal, tmp_path: Path, choices: list[str]) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    prompts = [" ".join(folders.WORDS[i : i + 2 + i % 5]) for i in range(12)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": choices[i % 3]}) + "\n" for i, p in enumerate(prompts)))
+    result = evaluate(model, tokenizer, read(tmp_path / "d.jsonl"), max_length=40, batch_size=5)
+    firsts = {choice.split()[0] for choice in choices}
+    for prompt, said in zip(prompts, result.predictions, strict=True):
+        if len(firsts) == 3:  # told apart by the first token alone
+            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+            with torch.no_grad():
+                last = model(torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])).logits[0, -1]
+            scores = {choice: float(last[tokenizer.convert_tokens_to_ids(choice)]) for choice in choices}
+        else:
+            scores = {choice: _log_likelihood(model, tokenizer, prompt, choice) for choice in choices}
+        assert scores[said] >= max(scores.values()) - 1e-5
+    assert ("first token" in result.rule) == (len(firsts) == 3)
+
+
+def test_many_answers_are_generated(causal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    said = generate(model, tokenizer, "the film", 4)
+    rows = [{"prompt": "the film", "answer": said.upper()}] + [{"prompt": f"the {w}", "answer": w * 2} for w in folders.WORDS[:21]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(model, tokenizer, read(tmp_path / "d.jsonl"), max_length=40, batch_size=7)
+    assert "greedy generation" in result.rule
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the film"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    alone = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert said == tokenizer.decode(alone, skip_special_tokens=True).strip()
+
+
+def test_text_loss_is_the_mean_over_tokens(causal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    table = read(folders.text(tmp_path / "d.jsonl", 7))
+    result = evaluate(model, tokenizer, table, max_length=16, batch_size=3)
+    total, count = 0.0, 0
+    for example in encode(table, tokenizer, 16).examples:
+        ids = torch.tensor([example["input_ids"]])
+        with torch.no_grad():
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert result.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result.metrics["tokens"] == count
