@@ -23,12 +23,13 @@ from graft.core.delta import Delta, DeltaConfig, Layout, Pair, Part
 from graft.core.errors import GraftError, nearest
 from graft.core.hashing import fingerprint
 from graft.core.slot import slot_of
-from graft.core.target import SLOT, Target, TargetSpec, find_targets
+from graft.core.target import Target, TargetSpec, all_targets, find_targets
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 O = TypeVar("O", bound=torch.optim.Optimizer)
+REGISTRY = "graft_adapters"  # name of the attribute of a model's root that holds its adapters
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,11 @@ class MergeReport:
         return max(self.lost.items(), key=lambda item: item[1])
 
 
-class Registry(nn.Module):
-    """The adapters of one model; a child of its root, so that what adapters share moves with the model."""
+class Registry:
+    """The adapters of one model, kept as a plain attribute of its root: no child module, so containers stay as they are."""
 
     def __init__(self, model: nn.Module):
-        super().__init__()
         self.adapters: dict[str, Adapter] = {}
-        self.shared = nn.ModuleDict()
         self.frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self.frozen:
             parameter.requires_grad_(False)
@@ -58,7 +57,7 @@ class Registry(nn.Module):
 
 def registry_of(model: nn.Module) -> Registry | None:
     """The adapters of ``model``, or None where nothing is attached."""
-    found = model._modules.get(SLOT)
+    found = model.__dict__.get(REGISTRY)
     return found if isinstance(found, Registry) else None
 
 
@@ -95,19 +94,14 @@ class Adapter:
     # ---- facts ------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the adapter trains, each parameter once."""
-        return list(dict.fromkeys(p for p in self._all_parameters() if p.requires_grad))
-
-    def _all_parameters(self) -> Iterable[nn.Parameter]:
-        for delta in self.deltas.values():
-            yield from delta.parameters()
-        if self.shared is not None:
-            yield from self.shared.parameters()
+        """What the adapter trains, each parameter once; also those that a method has frozen for the moment."""
+        owners = [*self.deltas.values(), *([self.shared] if self.shared is not None else [])]
+        return list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers the adapter holds as parameters, trained or frozen for the moment."""
-        return sum(p.numel() for p in dict.fromkeys(self._all_parameters()))
+        """How many numbers the adapter trains."""
+        return sum(p.numel() for p in self.parameters())
 
     def pairs(self) -> dict[str, Pair]:
         """The trained low-rank pairs ``(A, B, scale)`` by target, for optimisers that treat the two together."""
@@ -211,7 +205,7 @@ class Adapter:
         for callback in self.callbacks:
             penalty = callback.penalty()
             if penalty is not None and penalty.requires_grad:
-                parameters = self.parameters()
+                parameters = [p for p in self.parameters() if p.requires_grad]
                 for parameter, gradient in zip(parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True):
                     if gradient is not None:
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -268,6 +262,7 @@ class Adapter:
         """Lets one target go back to the base (rank 0)."""
         delta = self.deltas.pop(name)
         slot_of(delta.target).remove(self.name)
+        _house_shared(self)
 
     def save(self, path: str | Path) -> Path:
         """Writes the adapter as a folder (safetensors and JSON); see :mod:`graft.core.storage`."""
@@ -350,32 +345,40 @@ def build(
     registry = registry_of(model)
     if registry is None:
         registry = Registry(model)
-        model.add_module(SLOT, registry)
+        model.__dict__[REGISTRY] = registry
     registry.adapters[name] = adapter
-    if shared is not None:
-        registry.shared[name] = shared.to(targets[0].device)
     for delta in adapter.deltas.values():
         delta.to(delta.target.device)
         delta.train(delta.target.module.training)
         slot_of(delta.target).add(name, delta)
+    _house_shared(adapter)
     return adapter
+
+
+def _house_shared(adapter: Adapter) -> None:
+    """Puts what the deltas share into the first of their slots, so that it moves with the model."""
+    if adapter.shared is not None:
+        first = next(iter(adapter.deltas.values())).target
+        slot_of(first).shared[adapter.name] = adapter.shared.to(first.device)
 
 
 def _whole_modules(model: nn.Module, names: Iterable[str], taken: set[str]) -> dict[str, Delta]:
     """Full copies of every target inside the named modules; the class comes from the catalogue, like any other delta."""
-    whole = catalogue["full"].delta()
-    deltas: dict[str, Delta] = {}
+    known = [name for name, _ in model.named_modules()]
+    inside: dict[str, Target] = {}
     for name in names:
-        known = dict(model.named_modules())
-        matching = [path for path in known if path == name or path.endswith(f".{name}")]
-        if not matching:
+        if not any(f".{path}".endswith(f".{name}") for path in known):
             raise GraftError(f"no module is called {name!r}; {nearest(name, {p.rsplit('.', 1)[-1] for p in known if p})}")
-        inside = [p for path in matching for p in (path, f"{path}.*")]
-        for target in find_targets(model, lambda t, inside=inside: any(t.name == p or (p.endswith("*") and t.name.startswith(p[:-1])) for p in inside)):  # type: ignore[misc]
-            if target.name in taken:
-                raise GraftError(f"{target.name} is a target of the method and in modules_to_save; leave it out of one of them.")
-            deltas[target.name] = whole.build(target, {}, None, torch.Generator())
-    return deltas
+        found = {target.name: target for target in all_targets(model) if f".{name}." in f".{target.name}."}
+        if not found:
+            raise GraftError(f"the module {name!r} in modules_to_save holds no linear map, convolution, embedding or norm to train; leave it out.")
+        inside |= found
+    for name in inside:
+        if name in taken:
+            raise GraftError(f"{name} is a target of the method and in modules_to_save; leave it out of one of them.")
+    whole = catalogue["full"].delta()
+    copies = whole.shared(list(inside.values()), 0)
+    return {name: whole.build(target, {}, copies, torch.Generator()) for name, target in inside.items()}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -399,13 +402,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         adapter.recipe.delta.release(adapter)
         for hook in adapter._hooks:
             hook.remove()
-        if each in registry.shared:
-            del registry.shared[each]
     if not registry.adapters:
         registry.hook.remove()
         for parameter, requires_grad in registry.frozen:
             parameter.requires_grad_(requires_grad)
-        del model._modules[SLOT]
+        del model.__dict__[REGISTRY]
 
 
 def switch(model: nn.Module, name: str) -> None:
@@ -428,7 +429,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     if not (model.training and torch.is_grad_enabled()):
         return
     for adapter in adapters_of(model).values():
-        if not adapter.active or not adapter.parameters():
+        if not adapter.active or not any(p.requires_grad for p in adapter.parameters()):
             continue
         if adapter.merged:
             raise GraftError(f"adapter {adapter.name!r} is merged, so training would not change it; call unmerge() first.")

@@ -26,10 +26,12 @@ class Slot(nn.Module):
         super().__init__()
         self.target = target
         self.deltas = nn.ModuleDict()
+        self.shared = nn.ModuleDict()  # what the deltas of an adapter share, in the first of its slots
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.baked: nn.Module | None = None
         self.base: Callable[[Tensor], Tensor] = target.module.forward
+        self.replaced = target.module.__dict__.get("forward")  # another library may have set its own
 
     def forward(self, x: Tensor) -> Tensor:
         baked = self.baked if self.baked is not None and set(self.merged) <= set(self.active) else None
@@ -113,11 +115,15 @@ class Slot(nn.Module):
         if name in self.merged:
             self.bake(tuple(other for other in self.merged if other != name))
         del self.deltas[name]
+        if name in self.shared:
+            del self.shared[name]
         self.active = tuple(other for other in self.active if other != name)
         if not self.deltas:
             module = self.target.module
             del module._modules[SLOT]
             del module.__dict__["forward"]
+            if self.replaced is not None:
+                module.__dict__["forward"] = self.replaced
 
 
 def slot_of(target: Target) -> Slot:

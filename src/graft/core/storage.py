@@ -152,10 +152,13 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     if peft is None:
         return {}
     deltas = [d for name, d in adapter.deltas.items() if name not in adapter.whole_targets]
+    task = _TASKS.get(type(adapter.model).__name__.partition("For")[2])
+    if task == "SEQ_CLS" and not adapter.modules_to_save:
+        task = None  # with this task PEFT takes every head to be in the file
     return {
         "peft_type": peft.type,
         "base_model_name_or_path": getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
-        "task_type": _TASKS.get(type(adapter.model).__name__.partition("For")[2]),
+        "task_type": task,
         "inference_mode": True,
         "target_modules": _target_modules(adapter.model, [d.target.name for d in deltas]),
         "modules_to_save": list(adapter.modules_to_save) or None,
@@ -214,7 +217,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     _check_keys(file, config, ("graft", *_PEFT_COMMON, *_PEFT_OFF, *known))
     for key in _PEFT_OFF:
         if config.get(key):
-            raise GraftError(f"{file} sets PEFT's option {key!r} to {config[key]!r}, which Graft does not have; export the adapter from PEFT without it.")
+            raise GraftError(f"{file} sets PEFT's option {key!r} to {config[key]!r}, which Graft does not have; export it from PEFT without.")
     return config
 
 

@@ -156,8 +156,9 @@ class Target:
             raise GraftError(f"{self} has no single input for all of its outputs: grouped convolutions and norms are left out; narrow the targets.")
         if self.kind == "conv2d":
             conv = self.module
-            assert isinstance(conv, nn.Conv2d) and isinstance(conv.padding, tuple)
-            patches = F.unfold(x, conv.weight.shape[2:], conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
+            assert isinstance(conv, nn.Conv2d)
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+            patches = F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride)
             return patches.transpose(1, 2).flatten(0, 1)
         if self.kind == "embedding":
             return F.one_hot(x.reshape(-1), self.shape[1]).to(self.dtype)

@@ -69,6 +69,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     else:
         adapter = rebuild(model, json.loads((start / checkpoint.ADAPTER).read_text()), "default", start)
     optimizer = adapter.optimizer(config.lr, config.steps, config.weight_decay)
+    if getattr(optimizer, "per_layer", False) and (config.max_grad_norm or config.accumulation > 1):
+        raise GraftError("per_layer updates each weight in the backward pass, so it excludes clipping and accumulation; set max_grad_norm: 0 in --config.")
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / RUN, {"config": config.model_dump(), "state": "running"})

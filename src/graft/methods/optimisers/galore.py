@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from graft.core.callback import Callback
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import OptimiserPart
@@ -133,6 +134,10 @@ class GaLore(OptimiserPart):
     optimizer: ClassVar[type[GaLoreAdamW]] = GaLoreAdamW
 
     def make(self, adapter: Adapter, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        kinds = [type(callback) for callback in adapter.callbacks]
+        late = [kind for kind in kinds if kind.penalty is not Callback.penalty or kind.before_update is not Callback.before_update]
+        if self.per_layer and late:
+            raise GraftError(f"per_layer updates weights before {late[0].__name__} can act on their gradients; set per_layer=False.")
         inside = {id(p) for name, d in adapter.deltas.items() if d.target.depth is not None and name not in adapter.whole_targets for p in d.parameters()}
         parameters = adapter.parameters()
         projected = [p for p in parameters if id(p) in inside and p.ndim == 2]
