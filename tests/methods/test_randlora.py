@@ -95,8 +95,8 @@ def test_all_layers_read_one_pair_of_bases() -> None:
     pointers = {(b.randlora_A.data_ptr(), b.randlora_B.data_ptr()) for b in (d.bases[0] for d in adapter.deltas.values())}
     assert len(pointers) == 1
     bases = adapter.shared
-    assert bases.randlora_A.shape == (5, 1, 36)  # the largest min(out, in); the largest max is the MLP's 52
-    assert bases.randlora_B.shape == (52, 8, 5)
+    assert bases.randlora_A.shape == (5, 1, 52)  # as PEFT: over all targets the largest out and the largest in are both the MLP's 52
+    assert bases.randlora_B.shape == (52, 11, 5)
     model(**tiny.causal_batches(1)[0]).loss.backward()
     assert not any(b.requires_grad or b.grad is not None for b in bases.buffers())
     assert not list(bases.parameters())

@@ -28,7 +28,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(model: Path) -> Path:
     data, output = folders.answers(model.parent / "train.jsonl", 64), model.parent / "run"
-    result = run("fit", data, "--model", model, "--set", "rank=8", "--steps", 80, "--batch-size", 8, "--max-length", 32, "--lr", 0.02, "--output", output, "--json")
+    result = run(
+        "fit",
+        data,
+        "--model",
+        model,
+        "--set",
+        "rank=8",
+        "--steps",
+        80,
+        "--batch-size",
+        8,
+        "--max-length",
+        32,
+        "--lr",
+        0.02,
+        "--output",
+        output,
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["method"] == "lora"
     return output
@@ -81,7 +99,12 @@ def test_merged_and_converted_models_answer_the_same(model: Path, adapter: Path,
     assert run("convert", adapter, "--to", "lora", "--output", tmp_path / "lora").exit_code == 0
     assert run("convert", adapter, "--to", "peft", "--output", tmp_path / "peft").exit_code == 0
     assert run("convert", adapter, "--to", "merged", "--output", tmp_path / "merged-2").exit_code == 0
-    for options in (["--model", tmp_path / "merged"], ["--adapter", tmp_path / "lora"], ["--adapter", tmp_path / "peft"], ["--model", tmp_path / "merged-2"]):
+    for options in (
+        ["--model", tmp_path / "merged"],
+        ["--adapter", tmp_path / "lora"],
+        ["--adapter", tmp_path / "peft"],
+        ["--model", tmp_path / "merged-2"],
+    ):
         said = run("generate", "the joy is cold", *options, "--new-tokens", 6, "--json")
         assert said.stdout == expected, said.output
         assert run("eval", held_out, *options, "--max-length", 32).exit_code == 0
@@ -98,7 +121,9 @@ def test_inspect_reads_ours_and_pefts(adapter: Path, tmp_path: Path) -> None:
 def test_options_win_over_the_yaml_file(model: Path, tmp_path: Path) -> None:
     data = folders.answers(tmp_path / "train.jsonl")
     config = tmp_path / "run.yaml"
-    config.write_text(f"data: {data}\nmodel: {model}\noutput: {tmp_path / 'run'}\nsteps: 50\nmax_length: 32\nsettings: {{rank: 2}}\nschedule: cosine\n")
+    config.write_text(
+        f"data: {data}\nmodel: {model}\noutput: {tmp_path / 'run'}\nsteps: 50\nmax_length: 32\nsettings: {{rank: 2}}\nschedule: cosine\n"
+    )
     result = run("fit", "--config", config, "--steps", 2, "--set", "alpha=5", "--json")
     assert result.exit_code == 0, result.output
     chosen = json.loads(result.stdout.splitlines()[-1])["config"]

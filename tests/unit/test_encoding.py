@@ -34,7 +34,10 @@ def test_the_loss_is_on_the_answer_and_its_end_only() -> None:
 
 def test_without_a_template_the_answer_follows_the_prompt() -> None:
     example = encode(_table("answers", {"prompt": "the film", "answer": "good"}), PLAIN, 40).examples[0]
-    assert PLAIN.decode(example["input_ids"]).split() == ["the", "film", "good</s>"] or PLAIN.decode(example["input_ids"]).split()[:2] == ["the", "film"]
+    assert PLAIN.decode(example["input_ids"]).split() == ["the", "film", "good</s>"] or PLAIN.decode(example["input_ids"]).split()[:2] == [
+        "the",
+        "film",
+    ]
     assert example["labels"][:2] == [IGNORED, IGNORED]
     assert example["labels"][2] != IGNORED
 

@@ -49,12 +49,18 @@ def save_merged(adapter: Adapter, output: str | Path, tokenizer: Any = None) -> 
     before = model.config
     tied = [name for name in getattr(model, "_tied_weights_keys", None) or () if name in state]
     inputs = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), None)
-    if getattr(config, "tie_word_embeddings", False) and inputs is not None and any(not torch.equal(state[t], state[f"{inputs}.weight"]) for t in tied):
+    if (
+        getattr(config, "tie_word_embeddings", False)
+        and inputs is not None
+        and any(not torch.equal(state[t], state[f"{inputs}.weight"]) for t in tied)
+    ):
         config.tie_word_embeddings = False  # only one of the two was adapted
     with _staged(output) as staging:
         model.config = config
         try:
-            model.save_pretrained(staging, state_dict={name: value.clone() for name, value in state.items()} if not config.tie_word_embeddings else state)
+            model.save_pretrained(
+                staging, state_dict={name: value.clone() for name, value in state.items()} if not config.tie_word_embeddings else state
+            )
         finally:
             model.config = before
         if tokenizer is not None:
@@ -70,7 +76,9 @@ class LoRAReport:
     errors: dict[str, float]
 
 
-def save_as_lora(adapter: Adapter, output: str | Path, *, rank: int | None = None, tolerance: float = 0.0, progress: Progress | None = None) -> LoRAReport:
+def save_as_lora(
+    adapter: Adapter, output: str | Path, *, rank: int | None = None, tolerance: float = 0.0, progress: Progress | None = None
+) -> LoRAReport:
     """Writes the adapter as a plain LoRA in the form that every reader understands: one rank, scale 1, no patterns.
 
     Without ``rank`` each target takes the smallest rank whose error is within ``tolerance``, and the largest of them is used.
@@ -99,7 +107,15 @@ def save_as_lora(adapter: Adapter, output: str | Path, *, rank: int | None = Non
     for name in targets:
         if common > min(adapter.deltas[name].target.shape):
             raise GraftError(f"rank {common} does not fit into {name}; pass --rank or --tolerance, and read the error that it reports.")
-    twin = build(adapter.model, f"{adapter.name}-as-lora", compose(config, []), [adapter.deltas[n].target for n in targets], layouts, adapter.modules_to_save, adapter.seed)
+    twin = build(
+        adapter.model,
+        f"{adapter.name}-as-lora",
+        compose(config, []),
+        [adapter.deltas[n].target for n in targets],
+        layouts,
+        adapter.modules_to_save,
+        adapter.seed,
+    )
     try:
         with torch.no_grad():
             for name, (B, A) in factors.items():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated, Optional
+from enum import StrEnum
+from typing import Annotated
 
 import typer
 
 from graft.cli import show
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     peft = "peft"
     lora = "lora"
     merged = "merged"
@@ -19,10 +19,10 @@ class Form(str, Enum):
 def convert(
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
     to: Annotated[Form, typer.Option(help="peft: PEFT's own keys alone; lora: a plain LoRA that every reader understands; merged: a new model.")],
-    output: Annotated[Optional[str], typer.Option(help="Folder to write. [default: DIR-peft, DIR-lora or DIR-merged]")] = None,
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of the LoRA. [default: the smallest within --tolerance]")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder to write. [default: DIR-peft, DIR-lora or DIR-merged]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA. [default: the smallest within --tolerance]")] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, max=1.0, help="Relative error of the update that a LoRA may have.")] = 0.0,
-    model: Annotated[Optional[str], typer.Option(help="Base model. [default: the adapter's own]")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. [default: the adapter's own]")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of a merged model: float32 or bfloat16.")] = "float32",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

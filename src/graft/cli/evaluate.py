@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -11,8 +11,8 @@ from graft.cli import show
 
 def evaluate(
     data: Annotated[str, typer.Argument(help="JSON lines, CSV or Parquet; a folder stands for its test file.")],
-    model: Annotated[Optional[str], typer.Option(help="Base model. [default: the adapter's own, else smollm2]")] = None,
-    adapter: Annotated[Optional[str], typer.Option(help="Folder of an adapter.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. [default: the adapter's own, else smollm2]")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a row at most.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -10,21 +10,21 @@ from graft.cli import show
 
 
 def fit(
-    data: Annotated[Optional[str], typer.Argument(help="JSON lines, CSV or Parquet: prompt/answer, text/label, or text.", show_default=False)] = None,
-    model: Annotated[Optional[str], typer.Option(help="Packaged model (smollm2, minilm), folder or hub id. [default: smollm2]")] = None,
-    method: Annotated[Optional[str], typer.Option(help="A method of `graft methods`. [default: lora]")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="A hyper-parameter of the method, name=value; may be repeated.")] = None,
-    targets: Annotated[Optional[list[str]], typer.Option(help="Role name or glob pattern; may be repeated.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser updates. [default: 100]")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows a forward pass. [default: 8]")] = None,
-    accumulation: Annotated[Optional[int], typer.Option(help="Forward passes an update. [default: 1]")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Tokens a row at most. [default: 512]")] = None,
-    lr: Annotated[Optional[float], typer.Option(help="Learning rate. [default: 2e-4]")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32 or bfloat16. [default: float32]")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of everything random. [default: 0]")] = None,
-    checkpoint_every: Annotated[Optional[int], typer.Option(help="Updates between checkpoints. [default: a tenth of the run]")] = None,
-    output: Annotated[Optional[str], typer.Option(help="Folder for the adapter, run.json and metrics.jsonl.")] = None,
-    config: Annotated[Optional[str], typer.Option(help="YAML file with these settings and more; options given here win.")] = None,
+    data: Annotated[str | None, typer.Argument(help="JSON lines, CSV or Parquet: prompt/answer, text/label, or text.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Packaged model (smollm2, minilm), folder or hub id. [default: smollm2]")] = None,
+    method: Annotated[str | None, typer.Option(help="A method of `graft methods`. [default: lora]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A hyper-parameter of the method, name=value; may be repeated.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Role name or glob pattern; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser updates. [default: 100]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a forward pass. [default: 8]")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Forward passes an update. [default: 1]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row at most. [default: 512]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. [default: 2e-4]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints. [default: a tenth of the run]")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the adapter, run.json and metrics.jsonl.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file with these settings and more; options given here win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print run.json as one line at the end.")] = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -11,8 +11,8 @@ from graft.cli import show
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    model: Annotated[Optional[str], typer.Option(help="Base model. [default: the adapter's own, else smollm2]")] = None,
-    adapter: Annotated[Optional[str], typer.Option(help="Folder of an adapter.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. [default: the adapter's own, else smollm2]")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -41,7 +41,14 @@ def _facts(path: Path) -> dict[str, Any]:
         layout = {key: value for key, value in ours.get("targets", {}).get(name, {}).items() if key not in ("kind", "shape")}
         structure = ", ".join(f"{key} {_short(value)}" for key, value in layout.items() if value or value == 0) or "-"
         norm = math.sqrt(sum(float(value.double().square().sum()) for value in own.values() if value.is_floating_point()))
-        targets.append({"name": name, "shape": " x ".join(map(str, ours.get("targets", {}).get(name, {}).get("shape", []))), "structure": structure, "norm": norm})
+        targets.append(
+            {
+                "name": name,
+                "shape": " x ".join(map(str, ours.get("targets", {}).get(name, {}).get("shape", []))),
+                "structure": structure,
+                "norm": norm,
+            }
+        )
     base = ours.get("base", {})
     return {
         "method": ours.get("method") or f"PEFT {config['peft_type']}",

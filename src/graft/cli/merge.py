@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from graft.cli import show
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
     output: Annotated[str, typer.Option(help="Folder for the merged model.")],
-    model: Annotated[Optional[str], typer.Option(help="Base model. [default: the adapter's own]")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. [default: the adapter's own]")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the merged model: float32 or bfloat16.")] = "float32",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +10,9 @@ from graft.cli import show
 
 
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="One method, to see its hyper-parameters.", show_default=False)] = None,
-    model: Annotated[Optional[str], typer.Option(help="Count the parameters on this model's targets.")] = None,
-    axis: Annotated[Optional[str], typer.Option(help="Only one axis: delta, init, allocation or optimiser.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, to see its hyper-parameters.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Count the parameters on this model's targets.")] = None,
+    axis: Annotated[str | None, typer.Option(help="Only one axis: delta, init, allocation or optimiser.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the methods, or the hyper-parameters of one.
@@ -28,8 +28,12 @@ def methods(
         if json_:
             show.print_json({**_fields(row), "options": options})
             return
-        show.out.print(f"{row.name}: {row.title} ({row.paper})\n{row.summary}. Axis: {row.axis}; mergeable: {row.mergeable}; needs: {row.needs or 'nothing'}.")
-        show.print_table("Options, for --set name=value", ("name", "type", "default", "unit", "paper's range", "meaning"), [tuple(o.values()) for o in options])
+        show.out.print(
+            f"{row.name}: {row.title} ({row.paper})\n{row.summary}. Axis: {row.axis}; mergeable: {row.mergeable}; needs: {row.needs or 'nothing'}."
+        )
+        show.print_table(
+            "Options, for --set name=value", ("name", "type", "default", "unit", "paper's range", "meaning"), [tuple(o.values()) for o in options]
+        )
         return
     rows = [row for row in catalogue if axis in (None, row.axis)]
     if not rows:

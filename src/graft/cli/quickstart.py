@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Annotated
 
 import typer
@@ -25,9 +24,7 @@ def quickstart(
     from graft.recipes.quickstart import quickstart as run
 
     began = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unexpected keyword arguments.*graft", category=UserWarning)  # PEFT, of the key it does not know
-        figures = run(output, show.progress, fast=fast, dtype=dtype, seed=seed)
+    figures = run(output, show.progress, fast=fast, dtype=dtype, seed=seed)
     rows = [
         ("accuracy before", f"{figures['accuracy_before']:.1%} of {figures['test_rows']} held-out reviews"),
         ("accuracy after", f"{figures['accuracy_after']:.1%}"),
@@ -41,7 +38,7 @@ def quickstart(
     ]
     show.print_table("LoRA, SmolLM2-135M-Instruct, film reviews", ("what", "value"), rows)
     show.out.print(f"Adapter: {figures['adapter']}   data: {figures['data']}   figures: {output}/quickstart.json")
-    show.out.print(f'Try: graft generate "Is this movie review good or bad? Answer with one word, good or bad.\\n\\nReview: a joy" --adapter {figures["adapter"]}')
+    show.out.print(f'Try: graft generate "Is this film review good or bad? A joy from start to end." --adapter {figures["adapter"]}')
     if json_:
         show.print_json(figures)
     if figures["merged_agrees"] is False or figures["peft_agrees"] is False:

@@ -19,7 +19,14 @@ out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highli
 @contextmanager
 def progress(label: str) -> Iterator[Callable[..., None]]:
     """A bar, shown from the first call of what it gives with (done, of how many, optional note), so that a refusal stands alone."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     bar = Progress(*columns, console=err)
     task = bar.add_task(label, total=None, note="")
 

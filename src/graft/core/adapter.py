@@ -28,7 +28,7 @@ from graft.core.target import Target, TargetSpec, all_targets, find_targets
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-O = TypeVar("O", bound=torch.optim.Optimizer)
+AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
 REGISTRY = "graft_adapters"  # name of the attribute of a model's root that holds its adapters
 
 
@@ -73,7 +73,7 @@ class Adapter:
     Attributes: ``name``, ``model``, ``method`` (its name in the catalogue), ``recipe`` (its parts with their hyper-parameters),
     ``deltas`` (by target name), ``modules_to_save`` (names of modules trained whole beside the method, a new head for example) and
     ``whole_targets`` (the targets inside them),
-    ``callbacks``, ``step`` (optimiser updates so far), ``seed``.
+    ``callbacks``, ``step`` (optimiser updates so far), ``seed``, ``trainable`` (False where it was loaded for use).
     """
 
     def __init__(self, name: str, model: nn.Module, recipe: Recipe, deltas: Mapping[str, Delta], shared: nn.Module | None, seed: int):
@@ -84,7 +84,7 @@ class Adapter:
         self.modules_to_save: tuple[str, ...] = ()
         self.whole_targets: frozenset[str] = frozenset()
         self.callbacks: list[Callback] = [callback for part in recipe.parts for callback in part.callbacks()]
-        self.step = 0
+        self.step, self.trainable = 0, True
         self.fingerprint = None if recipe.delta.keeps_base else fingerprint(model)  # of a base that will not stay
         self._hooks: list[RemovableHandle] = []
 
@@ -94,14 +94,23 @@ class Adapter:
     # ---- facts ------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the adapter trains, each parameter once; also those that a method has frozen for the moment."""
+        """What the adapter trains, each parameter once, also those that a method has frozen for the moment; none if loaded for use."""
+        return self._all_parameters() if self.trainable else []
+
+    def _all_parameters(self) -> list[nn.Parameter]:
         owners = [*self.deltas.values(), *([self.shared] if self.shared is not None else [])]
         return list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers the adapter trains."""
-        return sum(p.numel() for p in self.parameters())
+        """How many numbers the adapter has learned or can learn."""
+        return sum(p.numel() for p in self._all_parameters())
+
+    def freeze(self) -> None:
+        """Makes an adapter that is used and not trained: no callbacks, no parameter that asks for a gradient."""
+        self.trainable, self.callbacks = False, []
+        for parameter in self._all_parameters():
+            parameter.requires_grad_(False)
 
     def pairs(self) -> dict[str, Pair]:
         """The trained low-rank pairs ``(A, B, scale)`` by target, for optimisers that treat the two together."""
@@ -161,6 +170,8 @@ class Adapter:
 
         ``options`` go to ``torch.optim.AdamW``. Groups follow the method (LoRA+ ratios, no decay on vectors).
         """
+        if not self.trainable:
+            raise GraftError(f"adapter {self.name!r} was loaded for use, not for training; load it with trainable=True.")
         part = self.recipe.optimiser
         if part is not None:
             if options:
@@ -169,13 +180,15 @@ class Adapter:
         groups = self.recipe.delta.groups(self, lr, weight_decay)
         return self.bind(torch.optim.AdamW(groups, lr=lr, **options), total_steps)
 
-    def bind(self, optimizer: O, total_steps: int) -> O:
+    def bind(self, optimizer: AnyOptimizer, total_steps: int) -> AnyOptimizer:
         """Lets the method act at every step of ``optimizer``, through its step hooks; returns the optimizer.
 
         ``total_steps`` counts optimiser updates. Raises :class:`GraftError` where a trained parameter is missing from it.
         """
         if total_steps < 1:
             raise GraftError(f"total_steps is {total_steps}; give the number of optimiser updates, at least 1.")
+        if not self.trainable:
+            raise GraftError(f"adapter {self.name!r} was loaded for use, not for training; load it with trainable=True.")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in self.parameters() if id(p) not in held]
         if missing:
@@ -429,7 +442,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     if not (model.training and torch.is_grad_enabled()):
         return
     for adapter in adapters_of(model).values():
-        if not adapter.active or not any(p.requires_grad for p in adapter.parameters()):
+        if not adapter.active or not adapter.trainable:
             continue
         if adapter.merged:
             raise GraftError(f"adapter {adapter.name!r} is merged, so training would not change it; call unmerge() first.")
@@ -442,5 +455,3 @@ def _before_forward(model: nn.Module, args: Any) -> None:
             )
         for callback in adapter.callbacks:
             callback.before_forward()
-
-

@@ -51,7 +51,7 @@ class Calibration:
                 return
             mask = _token_mask(batch, labelled)
 
-            def hear(target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hear(target: Target, mask: Tensor | None = mask) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
                 def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                     if consume(target, _rows(target, args[0].detach(), mask)):
                         waiting.discard(target.name)
@@ -127,7 +127,7 @@ class Calibration:
                 def accumulate(gradient: Tensor) -> None:
                     sums[target] += _weight_gradient(target, x, gradient.detach()).to("cpu", torch.float32)
 
-                y.register_hook(accumulate)
+                y.register_hook(accumulate)  # type: ignore[no-untyped-call]
                 return y
 
             return hook

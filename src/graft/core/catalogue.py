@@ -62,9 +62,7 @@ class Method:
     def options(self) -> list[OptionInfo]:
         """The hyper-parameters of all its parts, with this method's defaults."""
         options = [option for part in self.parts for option in part.options()]
-        return [
-            OptionInfo(o.name, o.type, self.defaults.get(o.name, o.default), o.help, o.unit, o.paper) for o in options
-        ]
+        return [OptionInfo(o.name, o.type, self.defaults.get(o.name, o.default), o.help, o.unit, o.paper) for o in options]
 
     def recipe(self, **settings: Any) -> Recipe:
         """The method with these hyper-parameters; text values are read as the option's type.

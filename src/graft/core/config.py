@@ -117,8 +117,9 @@ def _checked(owner: str, item: dataclasses.Field[Any], kind: Any, value: Any) ->
     else:
         raise GraftError(f"{where}, but it must be of type {_type_name(kind)}.")
     low, high = item.metadata.get("low"), item.metadata.get("high")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            bounds = [f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else ""]
-            raise GraftError(f"{where}, but it must be {' and '.join(b for b in bounds if b) or 'finite'}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        bounds = [f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else ""]
+        raise GraftError(f"{where}, but it must be {' and '.join(b for b in bounds if b) or 'finite'}.")
     return value

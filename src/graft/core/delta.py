@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -203,9 +203,8 @@ def lora_factors(delta: Delta, rank: int | None = None, tolerance: float = 0.0) 
         if total == 0:
             return difference.new_zeros(len(difference), 1), difference.new_zeros(1, difference.shape[1]), 0.0
         error = torch.cat([(total - S.square().cumsum(0)).clamp(min=0), total.new_zeros(1)])[: len(S)].div(total).sqrt()
-        numerical = int((S > S[0] * 1e-6).sum())
+        numerical = int((S[0] * 1e-6 < S).sum())
         fitting = torch.nonzero(error <= max(tolerance, float(error[numerical - 1])))
         keep = min(int(fitting[0]) + 1, rank or len(S))
         root = S[:keep].sqrt()
         return (U[:, :keep] * root).to(weight.dtype), (root[:, None] * Vh[:keep]).to(weight.dtype), float(error[keep - 1])
-

@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+        digest.update(parameter.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().data)
     _fingerprints[model] = (state, digest.hexdigest())
     return digest.hexdigest()
 
@@ -44,5 +44,5 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
     return digest.hexdigest()

@@ -89,8 +89,8 @@ class Slot(nn.Module):
 
         The result has the bits of a fresh :meth:`bake`.
         """
-        old = self.deltas[self.merged[0]] if len(self.merged) == 1 and self.merged[0] in self.deltas else None
-        new = self.deltas[name] if name in self.deltas else None
+        known = dict(self.deltas.items())
+        old, new = known.get(self.merged[0]) if len(self.merged) == 1 else None, known.get(name)
         before, after = (delta.entries() if isinstance(delta, Delta) else None for delta in (old, new))
         if self.baked is None or before is None or after is None:
             self.bake((name,) if new is not None else ())

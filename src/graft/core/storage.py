@@ -85,7 +85,7 @@ def exported(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of the adapter's file, by their names there; what two targets share (tied weights) is there once."""
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, delta in adapter.deltas.items():
+    for delta in adapter.deltas.values():
         for key, value in delta.exported().items():
             place = (value.data_ptr(), value.shape)
             if place not in seen or not value.numel():
@@ -123,7 +123,11 @@ def adapter_config(adapter: Adapter, content: str) -> dict[str, Any]:
     model = adapter.model
     heads = adapter.modules_to_save
     config = getattr(model, "config", None)
-    base = {"name": getattr(config, "_name_or_path", None) or None, "class": type(model).__name__, "fingerprint": adapter.fingerprint or fingerprint(model, heads)}
+    base = {
+        "name": getattr(config, "_name_or_path", None) or None,
+        "class": type(model).__name__,
+        "fingerprint": adapter.fingerprint or fingerprint(model, heads),
+    }
     if "SequenceClassification" in type(model).__name__ and config is not None:
         base["labels"] = [config.id2label[index] for index in range(config.num_labels)]
     ours = {
@@ -197,7 +201,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not (path / TENSORS).is_file():
         pickled = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickled:
-            raise GraftError(f"{path} holds {pickled[0]}, a pickle file that could run code; Graft reads {TENSORS} only, so convert it where it was made.")
+            raise GraftError(
+                f"{path} holds {pickled[0]}, a pickle file that could run code; Graft reads {TENSORS} only, so convert it where it was made."
+            )
         raise GraftError(f"{path} has no {TENSORS}; is it the folder that save() wrote?")
     file = path / CONFIG
     if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
@@ -275,14 +281,14 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, t
             expected = {k: v for k, v in json.loads(to_json(peft_config(adapter))).items() if k != "base_model_name_or_path"}
             for key, value in expected.items():
                 if config.get(key) != value and key not in ("target_modules", "task_type"):
-                    raise GraftError(f"{path / CONFIG} says {key} = {config.get(key)!r}, but its 'graft' part means {value!r}; it was edited by hand, edit both.")
+                    raise GraftError(
+                        f"{path / CONFIG} says {key} = {config.get(key)!r}, but its 'graft' part means {value!r}; it was edited by hand, edit both."
+                    )
     except BaseException:
         detach(model, name)
         raise
     if not trainable:
-        adapter.callbacks = []
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(False)
+        adapter.freeze()
     return adapter
 
 
@@ -402,5 +408,3 @@ def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], path: Path) -> None:
         if adapter.shared is not None:
             for key, value in adapter.shared.state_dict().items():
                 value.copy_(tensors[f"{SHARED}{key}"])
-
-

@@ -22,7 +22,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-
 from typing import TypeAlias
 
 import torch
@@ -67,11 +66,18 @@ class Target:
         self.name, self.module, self.kind = name, module, kind
         self.depth = _depth(name)
         self.role = _role(name, kind)
-        out_features, in_features = self.view(module.weight).shape  # type: ignore[arg-type]
+        out_features, in_features = self.view(self.original).shape
         self.shape: tuple[int, int] = (out_features, in_features)
 
     def __repr__(self) -> str:
         return f"Target({self.name}, {self.kind} {self.role}, {self.shape[0]} x {self.shape[1]})"
+
+    @property
+    def original(self) -> Tensor:
+        """The base weight in the module's own layout, read-only."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     # ---- the weight -------------------------------------------------------------------------------------------------
 
@@ -87,11 +93,11 @@ class Target:
         """A matrix ``[out, in]`` in the module's own layout: the inverse of :meth:`view`."""
         if self.kind in ("conv1d", "embedding"):
             return weight.T
-        return weight.reshape(self.module.weight.shape)  # type: ignore[union-attr, arg-type]
+        return weight.reshape(self.original.shape)
 
     def weight(self) -> Tensor:
         """The base weight ``[out, in]``, read-only."""
-        return self.view(self.module.weight.detach())  # type: ignore[union-attr, operator, arg-type]
+        return self.view(self.original)
 
     @property
     def bias(self) -> Tensor | None:
@@ -171,9 +177,7 @@ class Target:
         clone._modules = {}
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             setattr(clone, hooks, OrderedDict())
-        clone._parameters = {
-            name: None if value is None else nn.Parameter(value.detach().clone()) for name, value in self.module._parameters.items()
-        }
+        clone._parameters = {name: None if value is None else nn.Parameter(value.detach().clone()) for name, value in self.module._parameters.items()}
         clone._buffers = {name: None if value is None else value.clone() for name, value in self.module._buffers.items()}
         return clone
 
@@ -264,7 +268,8 @@ def _nothing_matched(model: nn.Module, pattern: str, candidates: list[Target]) -
         return f"{type(model).__name__} holds no linear map, convolution, embedding or norm that could be adapted."
     for name, module in model.named_modules():
         if isinstance(module, _BYPASS) and any(fnmatchcase(f"{name}.{child}", f"*{pattern}") for child, _ in module.named_modules()):
-            return f"{pattern!r} lies inside {name} ({type(module).__name__}), which reads its weights without calling its children, so a delta there would do nothing."
+            kind = type(module).__name__
+            return f"{pattern!r} lies inside {name} ({kind}), which reads its weights without calling its children: a delta there would do nothing."
     leaves = sorted({target.name.rsplit(".", 1)[-1] for target in candidates})
     roles = sorted({target.role for target in candidates} | {"linear", "all"})
     return (

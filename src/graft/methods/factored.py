@@ -60,6 +60,7 @@ class LowRank(Factored):
     a file holds the stacked pair ``[B | B0], [A ; -A0]``: an ordinary low-rank adapter against the original W.
     """
 
+    active: Tensor
     A0: Tensor | None
     B0: Tensor | None
 
@@ -95,9 +96,8 @@ class LowRank(Factored):
             self.A0, self.B0 = self.A.new_zeros(layout["frozen"], self.A.shape[1]), self.B.new_zeros(len(self.B), layout["frozen"])
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        B, A = self.B, self.A
-        if not self.active.all():
-            B, A = B[:, self.active], A[self.active]
+        B: Tensor = self.B * self.active
+        A: Tensor = self.A
         if self.A0 is not None and self.B0 is not None:
             B, A = torch.cat([B, self.B0], 1), torch.cat([A, -self.A0])
         return B * self.scale, A
@@ -108,7 +108,7 @@ class LowRank(Factored):
     def set_start(self, A: Tensor, B: Tensor) -> None:
         """Puts A [r, in] and B [out, r] of any rank in place of the present ones (before the optimizer is made); the scale stays."""
         check_rank(len(A), self.target)
-        self.A, self.B = (nn.Parameter(new.to(self.A).contiguous()) for new in (A, B))
+        self.A, self.B = nn.Parameter(A.to(self.A).contiguous()), nn.Parameter(B.to(self.B).contiguous())
         self.active = self.active.new_ones(len(A))
 
     def freeze_start(self) -> None:
@@ -126,9 +126,8 @@ class LowRank(Factored):
         A, B = self.A.detach(), self.B.detach() * self.active
         if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([A, -self.A0]), torch.cat([B, self.B0], 1)
-        if self.target.kind == "conv2d":  # PEFT's form: a convolution down to r channels, and a 1 x 1 convolution up
-            kernel = self.target.module.weight.shape[1:]  # type: ignore[union-attr]
-            A, B = A.reshape(len(A), *kernel), B[:, :, None, None]  # type: ignore[misc]
+        if isinstance(self.target.module, nn.Conv2d):  # PEFT's form: a convolution down to r channels, and a 1 x 1 convolution up
+            A, B = A.reshape(len(A), *self.target.module.weight.shape[1:]), B[:, :, None, None]
         return {**tensors, "A": A, "B": B}
 
     def restore(self, exported: Mapping[str, Tensor]) -> None:
@@ -149,7 +148,9 @@ def low_rank_deltas(adapter: Adapter, method: str) -> dict[str, LowRank]:
     deltas = {name: delta for name, delta in adapter.deltas.items() if name not in heads}
     for delta in deltas.values():
         if not isinstance(delta, LowRank):
-            raise GraftError(f"{method} sets the factors A and B, which {type(adapter.recipe.delta).__name__} does not have; combine it with LoRA or DoRA.")
+            raise GraftError(
+                f"{method} sets the factors A and B, which {type(adapter.recipe.delta).__name__} does not have; combine it with LoRA or DoRA."
+            )
     return {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
 
 

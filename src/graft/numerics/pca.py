@@ -19,6 +19,7 @@ class IncrementalPCA:
     def __init__(self, rank: int):
         self.rank, self.count = rank, 0
         self.components: Tensor | None = None
+        self.singular_values = self.mean = self.sum_squares = torch.zeros(0)
         self._waiting: list[Tensor] = []
 
     def update(self, rows: Tensor) -> None:
@@ -55,4 +56,5 @@ class IncrementalPCA:
         floor = torch.finfo(self.singular_values.dtype).eps * self.mean.square().sum() * self.count
         if self.sum_squares <= floor:  # constant data: what is left is rounding
             return torch.zeros_like(self.singular_values)
-        return self.singular_values.square() / self.sum_squares
+        ratio: Tensor = self.singular_values.square() / self.sum_squares
+        return ratio

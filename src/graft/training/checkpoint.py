@@ -26,7 +26,13 @@ TENSORS, STATE, ADAPTER = "state.safetensors", "state.json", "adapter.json"
 
 def save(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, schedule: dict[str, Any], files: dict[str, bytes]) -> None:
     """Writes a checkpoint; ``schedule`` are JSON values that come back as they are, ``files`` are written along."""
-    state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(), "schedule": schedule, "order": _order(adapter, optimizer)}
+    state = {
+        "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": _random_state(),
+        "schedule": schedule,
+        "order": _order(adapter, optimizer),
+    }
     tensors: dict[str, Tensor] = {}
     plain = _split(state, "", tensors)
     write_folder(folder, {TENSORS: tensors, STATE: to_json(plain), ADAPTER: to_json(adapter_config(adapter, "checkpoint")), **files})

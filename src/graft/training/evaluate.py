@@ -33,7 +33,13 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Table, *, max_length: int = 512, batch_size: int = 16, progress: Progress | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table,
+    *,
+    max_length: int = 512,
+    batch_size: int = 16,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Scores the model on a table, in eval mode.
 
@@ -132,7 +138,9 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: 
     longest, pad, device = max(map(len, prompts)), tokenizer.pad_token_id, next(model.parameters()).device
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
+    said = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+    )
     return [text.strip() for text in tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)]
 
 

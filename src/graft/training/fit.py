@@ -70,7 +70,9 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
         adapter = rebuild(model, json.loads((start / checkpoint.ADAPTER).read_text()), "default", start)
     optimizer = adapter.optimizer(config.lr, config.steps, config.weight_decay)
     if getattr(optimizer, "per_layer", False) and (config.max_grad_norm or config.accumulation > 1):
-        raise GraftError("per_layer updates each weight in the backward pass, so it excludes clipping and accumulation; set max_grad_norm: 0 in --config.")
+        raise GraftError(
+            "per_layer updates each weight in the backward pass, so it excludes clipping and accumulation; set max_grad_norm: 0 in --config."
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / RUN, {"config": config.model_dump(), "state": "running"})
@@ -140,7 +142,9 @@ def _starting_point(folder: Path, config: FitConfig, resume: bool) -> Path | Non
     different = [key for key, value in config.model_dump().items() if before["config"].get(key) != value]
     if different:
         key = different[0]
-        raise GraftError(f"{folder} holds a run with {key} = {before['config'].get(key)!r}, not {getattr(config, key)!r}; resume it with its own settings.")
+        raise GraftError(
+            f"{folder} holds a run with {key} = {before['config'].get(key)!r}, not {getattr(config, key)!r}; resume it with its own settings."
+        )
     return checkpoint.latest(folder / CHECKPOINTS)
 
 

@@ -58,7 +58,7 @@ class AdaLoRA(DeltaConfig):
 
     rank: int = option(8, "average rank that is left at the end", paper="2..8", low=1)
     initial_rank: int = option(12, "rank at the start", paper="1.5 times rank", low=1)
-    alpha: float | None = option(None, "numerator of the scale; none: twice the initial rank", paper="16..32", low=0)
+    alpha: float | None = option(None, "numerator of the scale; none: twice the initial rank", paper="16..32", low=1e-6)
     dropout: float = option(0.0, "chance of dropping an input of the branch while training", low=0, high=0.99)
     orthogonality: float = option(0.1, "weight gamma of the penalty", paper="0.1..0.5", low=0)
     beta1: float = option(0.85, "smoothing b1 of the sensitivity", paper="0.85", low=0, high=1)
@@ -97,8 +97,9 @@ class AdaLoRA(DeltaConfig):
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
         alpha, _ = patterns({n: d.scale * (len(d.E) + 1e-5) for n, d in adapter.deltas.items() if isinstance(d, AdaLoRADelta)})
-        return {"target_r": self.rank, "init_r": self.initial_rank, "lora_alpha": alpha, "beta1": self.beta1, "beta2": self.beta2,
-                "deltaT": self.interval, "orth_reg_weight": self.orthogonality, "total_step": max(adapter.step, 1), "lora_dropout": self.dropout}  # fmt: skip
+        schedule = {"beta1": self.beta1, "beta2": self.beta2, "deltaT": self.interval, "total_step": max(adapter.step, 1)}
+        ranks = {"target_r": self.rank, "init_r": self.initial_rank}
+        return {**ranks, **schedule, "lora_alpha": alpha, "orth_reg_weight": self.orthogonality, "lora_dropout": self.dropout}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[AdaLoRA, dict[str, Layout]]:
@@ -178,7 +179,7 @@ class Budget(Callback):
         scores = self.scores()
         keep = torch.zeros(sum(map(len, scores.values())), dtype=torch.bool, device=next(iter(scores.values())).device)
         keep[torch.cat(list(scores.values())).argsort(descending=True, stable=True)[:budget]] = True
-        for (name, delta), mask in zip(self.deltas().items(), keep.split([len(s) for s in scores.values()]), strict=True):
+        for (name, delta), mask in zip(self.deltas().items(), torch.split(keep, [len(s) for s in scores.values()]), strict=True):
             delta.E.mul_(mask[:, None])
             if remember:
                 self.kept[name] = mask.clone()

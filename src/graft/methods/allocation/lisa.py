@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from graft.core import optimizer_state
 from graft.core.callback import Callback, State
@@ -79,7 +78,7 @@ class BlockSampler(Callback):
 
     def load_state_dict(self, state: State) -> None:
         draw = state["draw"]
-        assert not isinstance(draw, Tensor) and isinstance(draw, int)
+        assert isinstance(draw, int)
         self._draw(draw)
 
 

@@ -66,6 +66,13 @@ class DoRADelta(LowRank):
         y = y * self.gain().to(y.dtype).view(channels)
         return y if self.target.bias is None else y + self.target.bias.to(y.dtype).view(channels)
 
+    def exported(self) -> dict[str, Tensor]:
+        magnitude = self.magnitude.detach()
+        return {**super().exported(), "magnitude": magnitude[None, :, None, None] if self.target.kind == "conv2d" else magnitude}
+
+    def restore(self, exported: Mapping[str, Tensor]) -> None:
+        super().restore({**exported, "magnitude": exported["magnitude"].flatten()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
@@ -93,5 +100,12 @@ class DoRA(LoRA):
 
 
 catalogue.register(
-    Method("dora", "DoRA: Weight-Decomposed Low-Rank Adaptation", "arXiv 2402.09353", "delta", "magnitude times unit direction, the direction by LoRA", DoRA)
+    Method(
+        "dora",
+        "DoRA: Weight-Decomposed Low-Rank Adaptation",
+        "arXiv 2402.09353",
+        "delta",
+        "magnitude times unit direction, the direction by LoRA",
+        DoRA,
+    )
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout
+from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.target import KINDS, Target
 
@@ -53,6 +53,9 @@ class FullDelta(Delta):
     def weight(self) -> tuple[Tensor, Tensor | None]:
         bias = getattr(self.copy, "bias", None)
         return self.target.view(self.copy.weight).to(self.target.dtype), bias  # type: ignore[arg-type]
+
+    def file_key(self, key: str, peft: PeftFormat | None) -> str:
+        return key.removeprefix("copy.")  # what PEFT calls a module of modules_to_save
 
     def forward(self, x: Tensor) -> Tensor:
         if self.target.kind == "norm":

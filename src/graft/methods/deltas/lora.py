@@ -39,7 +39,7 @@ class LoRA(DeltaConfig):
     """Hyper-parameters of LoRA."""
 
     rank: int = option(8, "rank r of the update", paper="1..64", low=1)
-    alpha: float | None = option(None, "numerator of the scale; none: twice the rank", paper="r..2r", low=0)
+    alpha: float | None = option(None, "numerator of the scale; none: twice the rank", paper="r..2r", low=1e-6)
     rslora: bool = option(False, "divide alpha by sqrt(r) instead of r", paper="rsLoRA")
     dropout: float = option(0.0, "chance of dropping an input of the branch while training", paper="0..0.1", low=0, high=0.99)
     lr_ratio: float = option(1.0, "learning rate of B over that of A", paper="LoRA+: 2..32, about 16", low=0)
@@ -85,16 +85,22 @@ class LoRA(DeltaConfig):
         if bool(config.get("use_dora")) != (cls is not LoRA):
             return None
         start = config.get("init_lora_weights", True)
-        if config.get("bias", "none") != "none" or config.get("lora_bias") or (isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")):
-            raise GraftError(f"the PEFT adapter uses bias={config.get('bias')!r}, lora_bias={config.get('lora_bias')!r}, init_lora_weights={start!r}, "
-                             "which train or change the base; export it from PEFT as a plain LoRA first.")  # fmt: skip
+        changes_base = isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")
+        if config.get("bias", "none") != "none" or config.get("lora_bias") or changes_base:
+            seen = ", ".join(f"{key}={config.get(key)!r}" for key in ("bias", "lora_bias", "init_lora_weights"))
+            raise GraftError(f"the PEFT adapter uses {seen}, which train or change the base; export it from PEFT as a plain LoRA first.")
         layouts = {}
         for name, tensors in shapes.items():
             rank = next(shape for key, shape in tensors.items() if key.startswith(("lora_A", "lora_embedding_A")))[0]
             alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             layouts[name] = {"rank": rank, "scale": scale, "frozen": 0, "inactive": []}
-        own = cls(rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout", 0.0)), rslora=bool(config.get("use_rslora")))
+        own = cls(
+            rank=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            rslora=bool(config.get("use_rslora")),
+        )
         return own, layouts
 
 
@@ -103,6 +109,4 @@ def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-catalogue.register(
-    Method("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv 2106.09685", "delta", "low-rank update B A", LoRA)
-)
+catalogue.register(Method("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv 2106.09685", "delta", "low-rank update B A", LoRA))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.errors import GraftError
 from graft.core.target import Target
 from graft.methods.factored import check_rank
 
@@ -35,7 +36,7 @@ class Bases(nn.Module):
 
     def __init__(self, rank: int, shapes: Sequence[tuple[int, int]], seed: int, sparsity: float | None, save: bool):
         super().__init__()
-        smallest, largest = max(min(s) for s in shapes), max(max(s) for s in shapes)
+        smallest, largest = sorted(max(sizes) for sizes in zip(*shapes, strict=True))  # PEFT's rule: the largest out and the largest in
         generator = torch.Generator().manual_seed(seed)
         A = torch.rand((rank, 1, smallest), generator=generator)
         B = torch.rand((largest, math.ceil(smallest / rank), rank), generator=generator)
@@ -93,7 +94,7 @@ class RandLoRA(DeltaConfig):
     """Hyper-parameters of RandLoRA."""
 
     rank: int = option(32, "rank r of each base; a smaller one means more parameters", paper="6..100, usually 30", low=1)
-    alpha: float | None = option(None, "numerator of the scale; none: 2 r (authors) or 20 r (peft)", low=0)
+    alpha: float | None = option(None, "numerator of the scale; none: 2 r (authors) or 20 r (peft)", low=1e-6)
     scale_rule: Literal["authors", "peft"] = option("authors", "alpha / r / sqrt(n) or alpha / r")
     bases: Literal["uniform", "sparse", "very sparse"] = option("uniform", "distribution of the frozen bases", paper="uniform")
     save_bases: bool = option(True, "write the bases into the file, which PEFT needs; false: draw them again from the seed")
@@ -105,7 +106,7 @@ class RandLoRA(DeltaConfig):
 
     def shared(self, targets: Sequence[Target], seed: int) -> nn.Module:
         shapes = [t.shape for t in targets]
-        sparsity = {"uniform": None, "sparse": 3.0, "very sparse": math.sqrt(max(min(s) for s in shapes))}[self.bases]
+        sparsity = {"uniform": None, "sparse": 3.0, "very sparse": math.sqrt(min(map(max, zip(*shapes, strict=True))))}[self.bases]
         return Bases(self.rank, shapes, seed, sparsity, self.save_bases)
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
@@ -132,7 +133,18 @@ class RandLoRA(DeltaConfig):
         return {"r": self.rank, "randlora_alpha": self.rank, "randlora_dropout": 0.0, "projection_prng_key": adapter.seed,
                 "save_projection": self.save_bases, **sparse}  # fmt: skip
 
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        raise GraftError("RandLoRA adapters that PEFT wrote are not read (it repeats the bases in every layer); Graft writes them for PEFT.")
+
 
 catalogue.register(
-    Method("randlora", "RandLoRA: Full-rank parameter-efficient fine-tuning", "arXiv 2502.00987", "delta", "scaled sum of shared frozen random products", RandLoRA)
+    Method(
+        "randlora",
+        "RandLoRA: Full-rank parameter-efficient fine-tuning",
+        "arXiv 2502.00987",
+        "delta",
+        "scaled sum of shared frozen random products",
+        RandLoRA,
+    )
 )

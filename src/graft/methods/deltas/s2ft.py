@@ -44,7 +44,7 @@ class S2FTDelta(Delta):
         self.columns = layout["columns"]
         out_features, in_features = target.shape
         index = torch.tensor(layout["index"])
-        if index.min() < 0 or index.max() >= (in_features if self.columns else out_features) or len(index.unique()) < len(index):
+        if index.min() < 0 or index.max() >= (in_features if self.columns else out_features) or len(torch.unique(index)) < len(index):
             raise GraftError(f"the channels chosen for {target.name} lie outside its weight or repeat; the adapter is broken.")
         self.register_buffer("index", index)
         shape = (out_features, len(index)) if self.columns else (len(index), in_features)
@@ -105,7 +105,10 @@ class S2FT(DeltaConfig):
                     layouts[target.name] = {"columns": role in COLUMNS, "index": index.tolist()}
         if not layouts:
             found = sorted({t.role for t in targets})
-            raise GraftError(f"S2FT adapts down, up, o and v with a share above 0, but the targets have the roles {', '.join(found)}; set down, up, o or v, or other targets.")
+            raise GraftError(
+                f"S2FT adapts down, up, o and v with a share above 0, but the targets have the roles {', '.join(found)}; "
+                "set down, up, o or v, or choose other targets."
+            )
         return layouts
 
     def _scores(self, targets: Sequence[Target], widths: dict[str, int], seed: int, calibration: Calibration | None) -> Tensor:
@@ -131,7 +134,7 @@ class S2FT(DeltaConfig):
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """At a down projection; the other roles have their own shares."""
-        return out_features * round(self.down * in_features)
+        return out_features * max(1, round(self.down * in_features)) if self.down else 0
 
     def total(self, targets: Sequence[Target]) -> int:
         shares = {"down": self.down, "up": self.up, "o": self.o, "v": self.v}

@@ -48,7 +48,10 @@ class LoRAGA(Init):
             delta = deltas[target]
             rank = delta.rank
             if 2 * rank > min(target.shape):
-                raise GraftError(f"LoRA-GA needs 2 * rank directions, but {target.name} is {target.shape[0]} x {target.shape[1]}; choose rank {min(target.shape) // 2} or less.")
+                raise GraftError(
+                    f"LoRA-GA needs 2 * rank directions, but {target.name} is {target.shape[0]} x {target.shape[1]}; "
+                    f"choose rank {min(target.shape) // 2} or less."
+                )
             U, _, Vh = truncated_svd(gradient, 2 * rank, seed=adapter.seed)
             for_A, for_B = self.halves(rank, torch.Generator().manual_seed(adapter.seed))
             size = self.size(target.weight(), rank, delta.scale)

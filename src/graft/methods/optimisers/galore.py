@@ -41,7 +41,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
                  weight_decay: float = 0.0, per_layer: bool = False):  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_interval": 200, "projection_scale": 0.25, "side": "std"}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "update_interval": 200,
+            "projection_scale": 0.25,
+            "side": "std",
+        }
         self.per_layer = per_layer
         self._stepped: set[Tensor] = set()
         super().__init__(params, defaults)
@@ -72,7 +80,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         @torch.no_grad()
         def hook(parameter: Tensor) -> None:
             if parameter in self._stepped:
-                raise GraftError("per_layer updates each weight in the backward pass, so gradients cannot accumulate; call step() after every backward().")
+                raise GraftError(
+                    "per_layer updates each weight in the backward pass, so gradients cannot accumulate; call step() after every backward()."
+                )
             self._stepped.add(parameter)
             assert parameter.grad is not None
             self._update(parameter, parameter.grad, self.param_groups[number])
@@ -138,11 +148,21 @@ class GaLore(OptimiserPart):
         late = [kind for kind in kinds if kind.penalty is not Callback.penalty or kind.before_update is not Callback.before_update]
         if self.per_layer and late:
             raise GraftError(f"per_layer updates weights before {late[0].__name__} can act on their gradients; set per_layer=False.")
-        inside = {id(p) for name, d in adapter.deltas.items() if d.target.depth is not None and name not in adapter.whole_targets for p in d.parameters()}
+        inside = {
+            id(p) for name, d in adapter.deltas.items() if d.target.depth is not None and name not in adapter.whole_targets for p in d.parameters()
+        }
         parameters = adapter.parameters()
         projected = [p for p in parameters if id(p) in inside and p.ndim == 2]
         plain = [p for p in parameters if not (id(p) in inside and p.ndim == 2)]
-        groups: list[dict[str, Any]] = [{"params": projected, "rank": self.rank, "update_interval": self.update_interval, "projection_scale": self.projection_scale, "side": self.side}]
+        groups: list[dict[str, Any]] = [
+            {
+                "params": projected,
+                "rank": self.rank,
+                "update_interval": self.update_interval,
+                "projection_scale": self.projection_scale,
+                "side": self.side,
+            }
+        ]
         groups += [{"params": plain}] if plain else []
         return self.optimizer(groups, lr, (self.beta1, self.beta2), self.eps, weight_decay, self.per_layer)
 
