@@ -24,7 +24,7 @@ from graft.core.errors import GraftError, nearest
 from graft.core.storage import load_adapter, read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Task = Literal["causal", "classification", "features"]
 
@@ -71,13 +71,19 @@ def load(
         "classification": transformers.AutoModelForSequenceClassification,
         "features": transformers.AutoModel,
     }
-    chosen = task or _default_task(str(name), folder)
+    with _readable(name):
+        config = transformers.AutoConfig.from_pretrained(folder)
+    chosen = task or (PACKAGED[str(name)].task if name in PACKAGED else _default_task(config))
     if chosen not in kinds:
         raise GraftError(f"task is {chosen!r}; {nearest(chosen, kinds)}")
+    if chosen == "causal" and _is_encoder(config):
+        raise GraftError(
+            f"{name} is an encoder, which does not write text; give it rows with text and label, or choose a causal model such as smollm2."
+        )
     dtype = _dtype(dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if chosen == "classification":
-        if labels is None and not _has_head(folder):
+        if labels is None and "SequenceClassification" not in _architectures(config):
             raise GraftError("a new classification head needs labels; pass labels=[...], one name for each class.")
         if labels is not None:
             options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -88,14 +94,9 @@ def load(
             model: PreTrainedModel = kinds[chosen].from_pretrained(folder, **options)
         return model
 
-    try:
+    with _readable(name):
         model = make()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraftError(
-            f"{str(name)!r} is neither a packaged model ({', '.join(PACKAGED)}), a model folder nor a hub id that can be reached: {reason}"
-        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -185,21 +186,33 @@ def _converted(name: str, gguf: Path) -> Path:
     return folder
 
 
-def _default_task(name: str, folder: str) -> Task:
-    if name in PACKAGED:
-        return PACKAGED[name].task
-    import transformers
+def _architectures(config: PretrainedConfig) -> str:
+    return " ".join(config.architectures or [])
 
-    architecture = next(iter(transformers.AutoConfig.from_pretrained(folder).architectures or []), "")
-    if "SequenceClassification" in architecture:
+
+def _default_task(config: PretrainedConfig) -> Task:
+    if "SequenceClassification" in _architectures(config):
         return "classification"
-    return "causal" if "CausalLM" in architecture or "LMHead" in architecture else "features"
+    return "causal" if "CausalLM" in _architectures(config) or "LMHead" in _architectures(config) else "features"
 
 
-def _has_head(folder: str) -> bool:
-    import transformers
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the files are those of a model that only reads, such as BERT."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    return any("SequenceClassification" in a for a in transformers.AutoConfig.from_pretrained(folder).architectures or [])
+    reads_only = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return reads_only and _default_task(config) != "causal"
+
+
+@contextmanager
+def _readable(name: str | Path) -> Iterator[None]:
+    """Whatever transformers cannot find or read shows as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        known = ", ".join(PACKAGED)
+        raise GraftError(f"{str(name)!r} is neither a packaged model ({known}), a model folder nor a hub id that can be reached: {reason}") from None
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -150,6 +150,7 @@ def test_a_finished_or_another_run_is_not_written_over(model: Path, rows: Path, 
         ({"settings": {"rank": 17}}, "rank is 17, but model.layers.0.self_attn.k_proj is 16 x 32"),
         ({"targets": "q_prj"}, "no target of LlamaForCausalLM matches 'q_prj'; did you mean 'q_proj'"),
         ({"max_length": 100}, "reads at most 64 tokens"),
+        ({"method": "galore", "settings": {"rank": 4, "per_layer": True}}, "per_layer .* excludes clipping and accumulation"),
         ({"model": "smolm2"}, "neither a packaged model nor a folder; did you mean 'smollm2'"),
     ],
 )
@@ -157,6 +158,11 @@ def test_bad_settings_write_nothing(model: Path, rows: Path, tmp_path: Path, cha
     with pytest.raises(GraftError, match=message):
         fit(_config(model, rows, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_cannot_answer(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="is an encoder, which writes no text; give it rows with text and label"):
+        fit(_config(folders.encoder(tmp_path / "encoder"), rows, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

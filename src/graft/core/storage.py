@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -299,7 +300,7 @@ def _described_by(file: Path) -> Iterator[None]:
         yield
     except GraftError:
         raise
-    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError, StopIteration) as error:
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError, StopIteration, re.error) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise GraftError(f"{file} does not describe an adapter ({reason}); save it again.") from None
 

@@ -22,7 +22,8 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.deltas.lora import PEFT_OPTIONS, LoRA
+from graft.methods import peft_lora
+from graft.methods.deltas.lora import LoRA
 from graft.methods.factored import LowRank
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class DoRA(LoRA):
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
     delta: ClassVar[type[LowRank]] = DoRADelta
     peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}, PEFT_OPTIONS
+        "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}, peft_lora.OPTIONS
     )
 
     def build(self, *args: Any) -> LowRank:
@@ -96,7 +97,7 @@ class DoRA(LoRA):
         return super().parameters(out_features, in_features) + out_features
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {**super().to_peft(adapter), "use_dora": True}
+        return peft_lora.write(adapter, self.dropout, use_dora=True)
 
 
 catalogue.register(

@@ -12,7 +12,6 @@ Paper and code of LoRA+ agree; vectors and heads learn at lr_B, as in its code.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -23,15 +22,12 @@ from torch import nn
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.errors import GraftError
-from graft.core.storage import patterns
 from graft.core.target import Target
+from graft.methods import peft_lora
 from graft.methods.factored import LowRank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
-
-PEFT_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,7 @@ class LoRA(DeltaConfig):
     lr_ratio: float = option(1.0, "learning rate of B over that of A", paper="LoRA+: 2..32, about 16", low=0)
 
     delta: ClassVar[type[LowRank]] = LowRank
-    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, PEFT_OPTIONS)
+    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, peft_lora.OPTIONS)
 
     @property
     def scale(self) -> float:
@@ -73,40 +69,14 @@ class LoRA(DeltaConfig):
         return self.rank * (out_features + in_features)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        deltas = {name: delta for name, delta in adapter.deltas.items() if isinstance(delta, LowRank)}
-        ranks = {name: delta.rank + delta.layout["frozen"] for name, delta in deltas.items()}
-        rank, rank_pattern = patterns(ranks)
-        alpha, alpha_pattern = patterns({name: delta.scale * ranks[name] for name, delta in deltas.items()})
-        return {"r": rank, "rank_pattern": rank_pattern, "lora_alpha": alpha, "alpha_pattern": alpha_pattern,
-                "use_rslora": False, "use_dora": False, "lora_dropout": self.dropout, "bias": "none"}  # fmt: skip
+        return peft_lora.write(adapter, self.dropout, use_dora=False)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
         if bool(config.get("use_dora")) != (cls is not LoRA):
             return None
-        start = config.get("init_lora_weights", True)
-        changes_base = isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")
-        if config.get("bias", "none") != "none" or config.get("lora_bias") or changes_base:
-            seen = ", ".join(f"{key}={config.get(key)!r}" for key in ("bias", "lora_bias", "init_lora_weights"))
-            raise GraftError(f"the PEFT adapter uses {seen}, which train or change the base; export it from PEFT as a plain LoRA first.")
-        layouts = {}
-        for name, tensors in shapes.items():
-            rank = next(shape for key, shape in tensors.items() if key.startswith(("lora_A", "lora_embedding_A")))[0]
-            alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            layouts[name] = {"rank": rank, "scale": scale, "frozen": 0, "inactive": []}
-        own = cls(
-            rank=config.get("r", 8),
-            alpha=float(config.get("lora_alpha", 8)),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            rslora=bool(config.get("use_rslora")),
-        )
-        return own, layouts
-
-
-def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, is the name or its end after a dot."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+        options, layouts = peft_lora.read(config, shapes)
+        return cls.parse(options), layouts
 
 
 catalogue.register(Method("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv 2106.09685", "delta", "low-rank update B A", LoRA))
