@@ -77,9 +77,7 @@ def load(
     if chosen not in kinds:
         raise GraftError(f"task is {chosen!r}; {nearest(chosen, kinds)}")
     if chosen == "causal" and _is_encoder(config):
-        raise GraftError(
-            f"{name} is an encoder, which does not write text; give it rows with text and label, or choose a causal model such as smollm2."
-        )
+        raise GraftError(f"{name} is an encoder, which writes no text; give it rows with text and label, or choose a causal model such as smollm2.")
     dtype = _dtype(dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if chosen == "classification":
