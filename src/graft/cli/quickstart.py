@@ -38,7 +38,7 @@ def quickstart(
     ]
     show.print_table("LoRA, SmolLM2-135M-Instruct, film reviews", ("what", "value"), rows)
     show.out.print(f"Adapter: {figures['adapter']}   data: {figures['data']}   figures: {output}/quickstart.json")
-    show.out.print(f'Try: graft generate "Is this film review good or bad? A joy from start to end." --adapter {figures["adapter"]}')
+    show.out.print(f'Try: graft generate "Is this movie review good or bad? Answer with one word. Review: a joy" --adapter {figures["adapter"]}')
     if json_:
         show.print_json(figures)
     if figures["merged_agrees"] is False or figures["peft_agrees"] is False:

