@@ -228,6 +228,26 @@ def test_forward_is_weight_in_outputs_and_gradients(row: Method, place: Place) -
     check()
 
 
+@everywhere
+def test_other_faces_of_a_delta_mean_the_same_update(row: Method, place: Place) -> None:
+    """What merges and conversions read instead of ``weight()``: factors, sparse entries, and the LoRA made of a delta with its error."""
+    adapter = disturb(put(place.make().double(), row, place))
+    for delta in adapter.deltas.values():
+        with torch.no_grad():
+            update = delta.weight()[0] - delta.target.weight()
+            factors, entries = delta.factors(), delta.entries()
+            if factors is not None:
+                torch.testing.assert_close(factors[0] @ factors[1], update, rtol=1e-9, atol=1e-11)
+            if entries is not None:
+                dense = torch.zeros(update.numel(), dtype=update.dtype).index_add_(0, *entries).view(update.shape)
+                torch.testing.assert_close(dense, update, rtol=1e-9, atol=1e-11)
+        for rank in (None, 2):
+            B, A, error = graft.lora_factors(delta, rank)
+            assert len(A) <= (rank or min(update.shape))
+            assert error == pytest.approx(relative(B @ A, update), rel=1e-4, abs=1e-6)
+            assert rank is not None or error < 1e-5
+
+
 def sample(target: Target, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """An input of the target in fp64; vectors without a batch, and ids, too."""
     if target.kind == "embedding":

@@ -194,7 +194,7 @@ def lora_factors(delta: Delta, rank: int | None = None, tolerance: float = 0.0) 
     """
     with torch.no_grad():
         exact = delta.factors()
-        if exact is not None and (rank is None or exact[1].shape[0] <= rank):
+        if exact is not None and len(exact[1]) <= (rank or min(delta.target.shape)):
             return exact[0].contiguous(), exact[1].contiguous(), 0.0
         weight, _ = delta.weight()
         difference = weight - delta.target.weight().to(weight.dtype)

@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 
 
 class Factored(Delta):
-    """A delta that is the product of two factors; subclasses define :meth:`factors`."""
+    """A delta with a low-rank product; subclasses define :meth:`product`. Where dW is more than it, they also answer :meth:`factors`."""
 
     dropout: float = 0.0  # probability of dropping an input of the branch while training
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def product(self) -> tuple[Tensor, Tensor]:
+        """``(B [out, r], A [r, in])``, effective scale folded in."""
         raise NotImplementedError
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.product()
+
     def weight(self) -> tuple[Tensor, Tensor | None]:
-        B, A = self.factors()
+        B, A = self.product()
         return self.target.weight().to(B.dtype) + B @ A, self.target.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ class Factored(Delta):
 
     def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x weight^T + bias + drop(x) A^T B^T``, in one call where the target is a plain linear map."""
-        target, (B, A) = self.target, self.factors()
+        target, (B, A) = self.target, self.product()
         dropping = self.training and self.dropout > 0 and x.is_floating_point()
         if target.kind in ("linear", "conv1d") and not dropping:
             return lora_linear(x, weight, bias, A, B)
@@ -95,7 +99,7 @@ class LowRank(Factored):
             check_rank(layout["frozen"], self.target)
             self.A0, self.B0 = self.A.new_zeros(layout["frozen"], self.A.shape[1]), self.B.new_zeros(len(self.B), layout["frozen"])
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def product(self) -> tuple[Tensor, Tensor]:
         B: Tensor = self.B * self.active
         A: Tensor = self.A
         if self.A0 is not None and self.B0 is not None:

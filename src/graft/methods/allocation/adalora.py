@@ -48,7 +48,7 @@ class AdaLoRADelta(Factored):
     def layout(self) -> Layout:
         return {"rank": len(self.E), "scale": self.scale}
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def product(self) -> tuple[Tensor, Tensor]:
         return self.B * (self.E.T * self.scale), self.A
 
 

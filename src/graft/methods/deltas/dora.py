@@ -43,7 +43,7 @@ class DoRADelta(LowRank):
 
     def norm(self) -> Tensor:
         """The row norms of V [out]."""
-        B, A = self.factors()
+        B, A = self.product()
         W = self.target.weight().to(B.dtype)
         squared = W.square().sum(1) + 2 * (B * (W @ A.T)).sum(1) + ((B @ (A @ A.T)) * B).sum(1)
         return squared.clamp(min=TINY).sqrt()
@@ -56,6 +56,9 @@ class DoRADelta(LowRank):
         else:
             norm = self.norm()
         return self.magnitude / norm
+
+    def factors(self) -> None:
+        """dW rescales the rows of W as well, so it is not of low rank."""
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         V, bias = super().weight()
