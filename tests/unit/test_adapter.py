@@ -437,3 +437,42 @@ def test_full_copies_tied_weights_once(tmp_path: Path) -> None:
     graft.detach(model)
     assert untouched(model)
     assert torch.equal(logits(model), logits(tiny.llama(tied=True)))
+
+
+def test_a_container_that_calls_its_children_stays_as_it_is() -> None:
+    """nn.Sequential runs whatever children it has: attaching must not give it another one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).eval()
+    x, children = torch.randn(4, 5), list(model.children())
+    before = model(x)
+    adapter = graft.attach(model, "randlora", rank=2)
+    assert list(model.children()) == children
+    assert torch.equal(model(x), before)
+    assert "shared" not in dict(model.named_children())
+    assert adapter.shared is not None
+    model.double()
+    assert next(iter(adapter.shared.buffers())).dtype == torch.float64  # what deltas share moves with the model
+    graft.detach(model)
+    assert torch.equal(model.float()(x), before)
+
+
+def test_an_adapter_loaded_for_use_is_not_trained_by_accident(tmp_path: Path) -> None:
+    graft.attach(tiny.llama(), "lora", rank=2).save(tmp_path / "a")
+    used = graft.load_adapter(tiny.llama(), tmp_path / "a")
+    assert used.parameters() == []
+    with pytest.raises(graft.GraftError, match="was loaded for use, not for training; load it with trainable=True"):
+        used.optimizer(lr=1e-3, total_steps=1)
+    again = graft.load_adapter(tiny.llama(), tmp_path / "a", trainable=True)
+    assert len(again.optimizer(lr=1e-3, total_steps=1).param_groups[0]["params"]) == 2 * 14
+
+
+def test_tied_modules_to_save_stay_tied() -> None:
+    model = tiny.llama(tied=True)
+    adapter = graft.attach(model, "lora", rank=2, modules_to_save=["embed_tokens", "lm_head"])
+    copies = [adapter.deltas[name].copy.weight for name in ("model.embed_tokens", "lm_head")]
+    assert copies[0] is copies[1]
+
+
+def test_a_module_to_save_that_holds_nothing_to_train_is_refused() -> None:
+    with pytest.raises(graft.GraftError, match="holds no linear map, convolution, embedding or norm to train"):
+        graft.attach(tiny.llama(), "lora", rank=2, modules_to_save=["rotary_emb"])

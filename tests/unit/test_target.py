@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,15 @@ def test_facts_of_a_target() -> None:
     target = Target("model.layers.7.mlp.down_proj", nn.Linear(6, 4).bfloat16(), "linear")
     assert (target.role, target.depth, target.shape, target.bytes, target.dtype) == ("down", 7, (4, 6), 48, torch.float32)
     assert not target.weight().requires_grad
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "same"}, {"padding": 1, "padding_mode": "circular"}, {"padding": (0, 2), "stride": 2, "dilation": 2}]
+)
+def test_rows_of_a_convolution_are_what_its_kernel_is_multiplied_with(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, bias=False, **options)
+    (target,) = all_targets(nn.Sequential(conv))
+    x = torch.randn(2, 3, 9, 8)
+    y = conv(x)
+    torch.testing.assert_close(target.rows(x) @ target.weight().T, y.flatten(2).transpose(1, 2).flatten(0, 1))
