@@ -125,6 +125,33 @@ def test_accumulation_is_one_large_batch(model: Path, rows: Path, tmp_path: Path
         torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
 
 
+def test_the_loss_of_labelled_positions_is_the_models_own(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Against transformers itself with all logits: same loss, same gradients, fewer logits."""
+    from graft.data.encoding import collator, encode
+    from graft.data.reading import read
+    from graft.training.fit import GraftTrainer, _arguments
+
+    loaded, tokenizer = graft.load(model)
+    encoded = encode(read(rows), tokenizer, 32)
+    batch = collator(0)([encoded[i] for i in range(5)])
+    asked: list[int] = []
+    gradients = []
+    for fewer in (True, False):
+        adapter = graft.attach(loaded, "lora", rank=2)
+        with torch.no_grad():
+            for pair in adapter.pairs().values():
+                pair.B.fill_(0.01)
+        loaded.lm_head.register_forward_hook(lambda module, args, y: asked.append(y.shape[1]))
+        trainer = GraftTrainer(loaded, _arguments(_config(model, rows, tmp_path / "run")), train_dataset=encoded)
+        loss = trainer.compute_loss(loaded, dict(batch)) if fewer else loaded(**batch).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in adapter.parameters())])
+        graft.detach(loaded)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+    assert asked[0] < batch["input_ids"].shape[1] == asked[-1]
+
+
 def test_a_finished_or_another_run_is_not_written_over(model: Path, rows: Path, tmp_path: Path) -> None:
     config = _config(model, rows, tmp_path / "run", steps=2, settings={"rank": 2})
     fit(config)

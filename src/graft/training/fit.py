@@ -7,6 +7,7 @@ that hold an adapter instead of a model, never pickle, and everything that an ex
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ from graft.core.catalogue import catalogue
 from graft.core.errors import GraftError
 from graft.core.hashing import fingerprint
 from graft.core.storage import rebuild, to_json
-from graft.data.encoding import Encoded, collator, encode
+from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
 from graft.models import load
 from graft.training import checkpoint
@@ -191,6 +192,15 @@ class GraftTrainer(transformers.Trainer):
         self.tokens += int(inputs["attention_mask"].sum())
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, with logits only at positions that some row has a label for: most of a prompt has none."""
+        labels = inputs["labels"]
+        if labels.ndim == 2 and self.model_accepts_loss_kwargs and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            following = labels[:, 1:]
+            wanted = torch.nonzero((following != IGNORED).any(0)).flatten()
+            inputs = {**inputs, "logits_to_keep": wanted, "shift_labels": following[:, wanted]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.checkpoints / checkpoint.name(self.state.global_step)
