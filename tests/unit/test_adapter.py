@@ -476,3 +476,12 @@ def test_tied_modules_to_save_stay_tied() -> None:
 def test_a_module_to_save_that_holds_nothing_to_train_is_refused() -> None:
     with pytest.raises(graft.GraftError, match="holds no linear map, convolution, embedding or norm to train"):
         graft.attach(tiny.llama(), "lora", rank=2, modules_to_save=["rotary_emb"])
+
+
+def test_parts_that_would_undo_or_ignore_each_other_are_refused() -> None:
+    batches = tiny.causal_batches(2)
+    with pytest.raises(graft.GraftError, match="an adapter has one start, but LoRAGA, EVA were given"):
+        graft.attach(tiny.llama(), "lora-ga", rank=2, init=graft.EVA(), calibration=batches)
+    adapter = graft.attach(tiny.llama(), graft.LoRA(rank=2, lr_ratio=4.0), optimiser=graft.GaLore(rank=2))
+    with pytest.raises(graft.GraftError, match="GaLore has one learning rate and would ignore that LoRA asks for several"):
+        adapter.optimizer(lr=1e-3, total_steps=2)

@@ -114,6 +114,13 @@ def test_a_head_is_trained_and_saved_with_the_adapter(tmp_path: Path) -> None:
     assert evaluate(adapter.model, tokenizer, held_out).metrics["accuracy"] > 0.9  # chance is one half
 
 
+def test_a_head_among_the_targets_is_not_trained_twice(tmp_path: Path) -> None:
+    encoder, data = folders.encoder(tmp_path / "encoder"), folders.labels(tmp_path / "train.jsonl", 8)
+    fit(_config(encoder, data, tmp_path / "run", steps=2, method="full", targets=["all"]))
+    kept = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in kept
+
+
 def test_accumulation_is_one_large_batch(model: Path, rows: Path, tmp_path: Path) -> None:
     """Rows of equal length, so that means of means are the mean: two halves an update give the weights of one whole."""
     data = tmp_path / "even.jsonl"

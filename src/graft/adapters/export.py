@@ -19,6 +19,7 @@ from graft.core.adapter import Adapter, MergeReport, build, detach
 from graft.core.catalogue import catalogue, compose
 from graft.core.delta import lora_factors
 from graft.core.errors import GraftError
+from graft.core.slot import rounding_loss
 from graft.core.storage import CONFIG, exported, peft_config, save_adapter, to_json, write_folder
 from graft.core.storage import TENSORS as ADAPTER_TENSORS
 from graft.core.target import SLOT
@@ -40,8 +41,7 @@ def save_merged(adapter: Adapter, output: str | Path, tokenizer: Any = None) -> 
             weight, bias = delta.weight()
             base = delta.target.weight()
             rounded = weight.to(base.dtype)
-            change = (weight - base).norm()
-            lost[name] = float((rounded.to(weight.dtype) - weight).norm() / change) if change > 0 else 0.0
+            lost[name] = rounding_loss(base, weight, rounded)
             state[f"{name}.weight"] = delta.target.stored(rounded).contiguous()
             if bias is not None:
                 state[f"{name}.bias"] = bias.to(base.dtype)

@@ -170,14 +170,16 @@ class Adapter:
 
         ``options`` go to ``torch.optim.AdamW``. Groups follow the method (LoRA+ ratios, no decay on vectors).
         """
-        if not self.trainable:
-            raise GraftError(f"adapter {self.name!r} was loaded for use, not for training; load it with trainable=True.")
-        part = self.recipe.optimiser
+        self._refuse_frozen()
+        part, groups = self.recipe.optimiser, self.recipe.delta.groups(self, lr, weight_decay)
         if part is not None:
+            if any(group["lr"] != lr for group in groups):
+                raise GraftError(
+                    f"{type(part).__name__} has one learning rate and would ignore that {type(self.recipe.delta).__name__} asks for several."
+                )
             if options:
                 raise GraftError(f"{type(part).__name__} takes its options from the method, not {', '.join(options)}; pass them to attach().")
             return self.bind(part.make(self, lr, weight_decay), total_steps)
-        groups = self.recipe.delta.groups(self, lr, weight_decay)
         return self.bind(torch.optim.AdamW(groups, lr=lr, **options), total_steps)
 
     def bind(self, optimizer: AnyOptimizer, total_steps: int) -> AnyOptimizer:
@@ -187,8 +189,7 @@ class Adapter:
         """
         if total_steps < 1:
             raise GraftError(f"total_steps is {total_steps}; give the number of optimiser updates, at least 1.")
-        if not self.trainable:
-            raise GraftError(f"adapter {self.name!r} was loaded for use, not for training; load it with trainable=True.")
+        self._refuse_frozen()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in self.parameters() if id(p) not in held]
         if missing:
@@ -206,6 +207,10 @@ class Adapter:
             optimizer.register_step_post_hook(self._after_update),
         ]
         return optimizer
+
+    def _refuse_frozen(self) -> None:
+        if not self.trainable:
+            raise GraftError(f"adapter {self.name!r} was loaded for use, not for training; load it with trainable=True.")
 
     @property
     def bound(self) -> bool:

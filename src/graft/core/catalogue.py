@@ -138,5 +138,9 @@ def compose(delta: DeltaConfig, extras: Sequence[Part]) -> Recipe:
     if len(optimisers) > 1:
         raise GraftError(f"an adapter has one optimiser, but {', '.join(type(o).__name__ for o in optimisers)} were given; keep one.")
     inits = tuple(part for part in extras if isinstance(part, Init))
+    if len(inits) > 1:
+        raise GraftError(
+            f"an adapter has one start, but {', '.join(type(i).__name__ for i in inits)} were given, and each would undo the other; keep one."
+        )
     rest = tuple(part for part in extras if not isinstance(part, (Init, OptimiserPart)))
     return Recipe(delta, inits, rest, optimisers[0] if optimisers else None)

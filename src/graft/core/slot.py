@@ -61,8 +61,7 @@ class Slot(nn.Module):
             stored.copy_(weight)
             if bias is not None:
                 baked.bias = nn.Parameter(bias.to(stored.dtype), requires_grad=False)
-            change = (weight - self.target.weight()).norm()
-            lost = float((stored.to(weight.dtype) - weight).norm() / change) if change > 0 else 0.0
+            lost = rounding_loss(self.target.weight(), weight, stored)
         baked.train(self.training)
         self.merged, self.baked = names, baked
         return lost
@@ -124,6 +123,12 @@ class Slot(nn.Module):
             del module.__dict__["forward"]
             if self.replaced is not None:
                 module.__dict__["forward"] = self.replaced
+
+
+def rounding_loss(base: Tensor, exact: Tensor, stored: Tensor) -> float:
+    """The share of an update that storing it lost: ``||stored - exact|| / ||exact - base||``; 0 where nothing changed."""
+    change = (exact - base).norm()
+    return float((stored.to(exact.dtype) - exact).norm() / change) if change > 0 else 0.0
 
 
 def slot_of(target: Target) -> Slot:

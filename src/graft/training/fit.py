@@ -34,6 +34,7 @@ from graft.core.catalogue import catalogue
 from graft.core.errors import GraftError
 from graft.core.hashing import fingerprint
 from graft.core.storage import rebuild, to_json
+from graft.core.target import find_targets
 from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
 from graft.models import load
@@ -121,10 +122,15 @@ def _attach(config: FitConfig, model: nn.Module, encoded: Encoded, collate: Any,
 
 
 def _new_head(model: nn.Module, config: FitConfig) -> list[str]:
-    """The name of the classification head, unless the method trains it anyway."""
-    if (config.targets or catalogue[config.method].default_targets) == "all":
-        return []
-    return [name for name in ("classifier", "score") if hasattr(model, name)]
+    """The name of the classification head, unless it is among the method's targets anyway."""
+    method = catalogue[config.method]
+    heads = [name for name in ("classifier", "score") if hasattr(model, name)]
+    if not heads:
+        raise GraftError(
+            f"no classification head is known in {type(model).__name__} (classifier or score), so it would stay untrained; choose another model."
+        )
+    adapted = {target.name for target in find_targets(model, config.targets or method.default_targets, method.delta.kinds)}
+    return [name for name in heads if not any(f"{target}.".startswith(f"{name}.") for target in adapted)]
 
 
 def _task(table: Table) -> Any:
