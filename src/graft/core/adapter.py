@@ -22,7 +22,7 @@ from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, Pair, Part
 from graft.core.errors import GraftError, nearest
 from graft.core.hashing import fingerprint
-from graft.core.slot import slot_of
+from graft.core.slot import share_inputs, slot_of
 from graft.core.target import Target, TargetSpec, all_targets, find_targets
 
 if TYPE_CHECKING:
@@ -369,6 +369,7 @@ def build(
         delta.to(delta.target.device)
         delta.train(delta.target.module.training)
         slot_of(delta.target).add(name, delta)
+    share_inputs(delta.target for delta in adapter.deltas.values())
     _house_shared(adapter)
     return adapter
 

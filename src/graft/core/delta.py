@@ -81,6 +81,11 @@ class Delta(nn.Module):
         """The adapted map on ``x [..., in]`` -> ``[..., out]``."""
         return self.target.apply(x, *self.weight())
 
+    @classmethod
+    def together(cls, deltas: Sequence[Delta], x: Tensor) -> list[Tensor] | None:
+        """:meth:`forward` of several deltas of this class on the same x, where that is cheaper than one by one; else None."""
+        return None
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """``(B [out, r], A [r, in])`` with ``W' - W = B @ A``, effective scale folded in; None where dW has no such form."""
         return None

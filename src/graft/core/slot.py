@@ -6,7 +6,7 @@ until the last delta leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,16 @@ class Slot(nn.Module):
         self.baked: nn.Module | None = None
         self.base: Callable[[Tensor], Tensor] = target.module.forward
         self.replaced = target.module.__dict__.get("forward")  # another library may have set its own
+        self.same_input: SameInput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        baked = self.baked if self.baked is not None and set(self.merged) <= set(self.active) else None
-        if baked is None and len(self.active) == 1:
-            y: Tensor = self.deltas[self.active[0]](x)
+        alone = self.alone()
+        if alone is not None:
+            y = self.same_input.answer(self, x) if self.same_input is not None and torch.is_grad_enabled() else None
+            if y is None:
+                y = alone(x)
             return y
+        baked = self.baked if self.baked is not None and set(self.merged) <= set(self.active) else None
         y = self.base(x) if baked is None else baked(x)
         running = [name for name in self.active if baked is None or name not in self.merged]
         if running:
@@ -45,6 +49,14 @@ class Slot(nn.Module):
             for name in running:
                 y = y + (self.deltas[name](x) - plain)
         return y
+
+    def alone(self) -> Delta | None:
+        """The one delta that answers for the whole target; None where there are several, none, or a baked weight."""
+        if len(self.active) != 1 or (self.baked is not None and set(self.merged) <= set(self.active)):
+            return None
+        delta = self.deltas[self.active[0]]
+        assert isinstance(delta, Delta)
+        return delta
 
     def bake(self, names: tuple[str, ...]) -> float:
         """Writes the adapted weight of ``names`` beside W, computed in at least fp32 and rounded once.
@@ -123,6 +135,60 @@ class Slot(nn.Module):
             del module.__dict__["forward"]
             if self.replaced is not None:
                 module.__dict__["forward"] = self.replaced
+
+
+class SameInput:
+    """Slots that read one tensor (q, k, v of an attention; gate, up of an MLP): the first that is asked lets all deltas run together.
+
+    The others find their output ready, as long as they are asked with the very same tensor. A slot that is not, or is not asked at
+    all, ends the arrangement: from then on each runs alone. The outputs are the same either way.
+    """
+
+    def __init__(self, slots: Iterable[Slot]):
+        self.slots = list(slots)
+        self.x: Tensor | None = None
+        self.version = 0  # of x, which may be written to between two calls
+        self.ready: dict[Slot, Tensor] = {}
+        for slot in self.slots:
+            slot.same_input = self
+
+    def answer(self, slot: Slot, x: Tensor) -> Tensor | None:
+        """The output of ``slot`` for ``x``; None where it must run alone."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return None
+        if not self.ready:
+            self._run(x)
+        elif x is not self.x or x._version != self.version or slot not in self.ready:
+            self.ready, self.x = {}, None
+            for each in self.slots:
+                each.same_input = None
+        y = self.ready.pop(slot, None)
+        if not self.ready:
+            self.x = None
+        return y
+
+    def _run(self, x: Tensor) -> None:
+        deltas = [delta for delta in (slot.alone() for slot in self.slots) if delta is not None]
+        if len(deltas) < len(self.slots) or len({type(delta) for delta in deltas}) > 1:
+            return
+        outputs = deltas[0].together(deltas, x)
+        if outputs is not None:
+            self.x, self.version, self.ready = x, x._version, dict(zip(self.slots, outputs, strict=True))
+
+
+SHARING_ROLES = (("q", "k", "v"), ("gate", "up"))
+
+
+def share_inputs(targets: Iterable[Target]) -> None:
+    """Arranges the slots of targets in one module that usually read the same tensor."""
+    groups: dict[tuple[object, ...], list[Slot]] = {}
+    for target in targets:
+        roles = next((roles for roles in SHARING_ROLES if target.role in roles), None)
+        if roles is not None and target.kind in ("linear", "conv1d"):
+            groups.setdefault((target.name.rpartition(".")[0], roles, target.shape[1]), []).append(slot_of(target))
+    for slots in groups.values():
+        if len(slots) > 1:
+            SameInput(slots)
 
 
 def rounding_loss(base: Tensor, exact: Tensor, stored: Tensor) -> float:

@@ -7,7 +7,7 @@ trained pair itself: ranks with an active mask, an explicit scale, and a frozen 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from graft.core.delta import Delta, Layout, Pair, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.target import Target
-from graft.kernels.lora import lora_linear
+from graft.kernels.lora import LowRankMap, lora_linear, lora_linears
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
+
+PLAIN = ("linear", "conv1d")  # kinds of targets that are one matrix product
 
 
 class Factored(Delta):
@@ -39,21 +41,40 @@ class Factored(Delta):
         B, A = self.product()
         return self.target.weight().to(B.dtype) + B @ A, self.target.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(x, self.target.weight(), self.target.bias)
+    def map(self) -> LowRankMap:
+        """W, b, A, B of the low-rank map that :meth:`forward` runs before it calls :meth:`finish`."""
+        B, A = self.product()
+        return LowRankMap(self.target.weight(), self.target.bias, A, B)
 
-    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x weight^T + bias + drop(x) A^T B^T``, in one call where the target is a plain linear map."""
-        target, (B, A) = self.target, self.product()
-        dropping = self.training and self.dropout > 0 and x.is_floating_point()
-        if target.kind in ("linear", "conv1d") and not dropping:
-            return lora_linear(x, weight, bias, A, B)
-        if not target.pointwise:
+    def finish(self, y: Tensor) -> Tensor:
+        """What comes after the low-rank map: nothing here."""
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        target, (weight, bias, A, B) = self.target, self.map()
+        dropping = self.dropping and x.is_floating_point()
+        if target.kind in PLAIN and not dropping:
+            y = lora_linear(x, weight, bias, A, B)
+        elif not target.pointwise:
             if dropping:
                 raise GraftError(f"{target} cannot drop inputs of the branch alone; set dropout to 0 or narrow the targets.")
-            return target.apply(x, weight.to(B.dtype) + B @ A, bias)
-        branch = F.dropout(x, self.dropout) if dropping else x
-        return target.apply(x, weight, bias) + target.mix(target.apply(branch, A), B)
+            y = target.apply(x, weight.to(B.dtype) + B @ A, bias)
+        else:
+            branch = F.dropout(x, self.dropout) if dropping else x
+            y = target.apply(x, weight, bias) + target.mix(target.apply(branch, A), B)
+        return self.finish(y)
+
+    @property
+    def dropping(self) -> bool:
+        return self.training and self.dropout > 0
+
+    @classmethod
+    def together(cls, deltas: Sequence[Delta], x: Tensor) -> list[Tensor] | None:
+        factored = [delta for delta in deltas if isinstance(delta, Factored) and delta.target.kind in PLAIN and not delta.dropping]
+        if len(factored) < len(deltas):
+            return None
+        outputs = lora_linears(x, [delta.map() for delta in factored])
+        return [delta.finish(y) for delta, y in zip(factored, outputs, strict=True)]
 
 
 class LowRank(Factored):
@@ -100,11 +121,11 @@ class LowRank(Factored):
             self.A0, self.B0 = self.A.new_zeros(layout["frozen"], self.A.shape[1]), self.B.new_zeros(len(self.B), layout["frozen"])
 
     def product(self) -> tuple[Tensor, Tensor]:
-        B: Tensor = self.B * self.active
+        B: Tensor = self.B * (self.active.to(self.B.dtype) * self.scale)
         A: Tensor = self.A
         if self.A0 is not None and self.B0 is not None:
-            B, A = torch.cat([B, self.B0], 1), torch.cat([A, -self.A0])
-        return B * self.scale, A
+            B, A = torch.cat([B, self.B0 * self.scale], 1), torch.cat([A, -self.A0])
+        return B, A
 
     def pair(self) -> Pair:
         return Pair(self.A, self.B, self.scale)

@@ -22,6 +22,7 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
+from graft.kernels.lora import LowRankMap
 from graft.methods import peft_lora
 from graft.methods.deltas.lora import LoRA
 from graft.methods.factored import LowRank
@@ -64,8 +65,10 @@ class DoRADelta(LowRank):
         V, bias = super().weight()
         return self.gain()[:, None] * V, bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.adapt(x, self.target.weight(), None)
+    def map(self) -> LowRankMap:
+        return super().map()._replace(bias=None)
+
+    def finish(self, y: Tensor) -> Tensor:
         channels = (-1, 1, 1) if self.target.kind == "conv2d" else (-1,)
         y = y * self.gain().to(y.dtype).view(channels)
         return y if self.target.bias is None else y + self.target.bias.to(y.dtype).view(channels)
