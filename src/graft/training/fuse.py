@@ -1,0 +1,285 @@
+"""Runs the frozen parts of a transformers model by fused kernels: norms, gated MLPs, rotary positions, attention, dropout, head and loss.
+
+Only the ``forward`` of single module instances is answered differently; tensors, classes and paths stay, and :meth:`Fused.undo` gives
+everything back. No list of architectures: each part is recognised by its shape and tried out on random numbers against what the module
+itself answers, and at the end the whole model is compared. What does not agree is left as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from graft.core.target import SLOT
+from graft.data.encoding import IGNORED
+from graft.kernels.attention import attention
+from graft.kernels.cross_entropy import linear_cross_entropy
+from graft.kernels.dropout import STEPS, dropout
+from graft.kernels.gate import gate
+from graft.kernels.norm import rms_norm
+from graft.kernels.rotary import rotate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "graft"  # our name in transformers' table of attention functions
+SHORT = 512  # positions up to which attention by plain products is faster than torch's on a CPU, where either pays at all
+LOSS_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache", "return_dict"}
+
+
+class Fused:
+    """What was fused on a model: ``parts``, how many of each kind."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.parts: Counter[str] = Counter()
+        self._replaced: list[tuple[nn.Module, Any, Any]] = []  # (module, the forward of its own it had, if any, the one it has now)
+        self._attention: str | None = None
+
+    def replace(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Lets ``forward`` answer for ``module``."""
+        self._replaced.append((module, module.__dict__.get("forward"), forward))
+        module.forward = forward
+        self.parts[kind] += 1
+
+    def use_attention(self) -> None:
+        """Lets our function choose how attention is computed."""
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        self._attention = self.model.config._attn_implementation
+        self.model.config._attn_implementation = ATTENTION
+        self.parts["attention"] = 1
+
+    def undo(self) -> None:
+        """Gives every module its own ``forward`` back."""
+        for module, before, now in reversed(self._replaced):
+            slot = module._modules.get(SLOT)
+            if module.__dict__.get("forward") is now:
+                del module.__dict__["forward"]
+                if before is not None:
+                    module.__dict__["forward"] = before
+            elif slot is not None:  # an adapter was attached meanwhile: it runs the module's own again
+                slot.base = before or type(module).forward.__get__(module)
+                slot.replaced = before
+        if self._attention is not None:
+            self.model.config._attn_implementation = self._attention
+        self._replaced, self._attention, self.parts = [], None, Counter()
+
+
+def fuse(model: PreTrainedModel) -> Fused:
+    """Fuses what can be fused on ``model``, before or after :func:`graft.attach`; its function stays the same up to rounding.
+
+    Dropout draws other random numbers than torch's. While training, a causal model that is given labels returns its loss and no logits
+    (they are never formed); without labels, or in eval mode, it answers as always. The fused parts must be frozen: a norm or head whose
+    weight asks for a gradient runs as it did.
+    """
+    fused = Fused(model)
+    probe = _Probe(model)
+    before = probe.answer()
+    for module in model.modules():
+        if SLOT in module._modules:
+            continue
+        for kind, make in (("norm", _norm), ("gated MLP", _gated), ("rotary", _rotary), ("dropout", _dropout)):
+            forward = make(module)
+            if forward is not None:
+                fused.replace(kind, module, forward)
+    if model.config._attn_implementation == "sdpa":
+        fused.use_attention()
+    if not probe.agrees(before, probe.answer()):
+        fused.undo()
+    loss = _loss(model)
+    if loss is not None and probe.same_loss(loss):
+        fused.replace("loss", model, loss)
+    return fused
+
+
+# ---- the parts --------------------------------------------------------------------------------------------------------------
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal up to the rounding of a few operations in their dtype; not a number agrees with nothing."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    return bool((found - wanted).abs().max() <= 8 * torch.finfo(wanted.dtype).eps * wanted.abs().max())
+
+
+def _random(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+@torch.no_grad()
+def _norm(module: nn.Module) -> Callable[..., Any] | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or eps is None or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
+        return None
+    x, plain = _random(3, len(weight), like=weight), module.forward
+    if not _close(rms_norm(x, weight, eps), plain(x)):
+        return None
+    return lambda x: plain(x) if module.weight.requires_grad else rms_norm(x, module.weight, eps)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _gated(module: nn.Module) -> Callable[..., Any] | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    act = getattr(module, "act_fn", None)
+    if not all(isinstance(part, nn.Linear) for part in parts) or not callable(act):
+        return None
+    if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
+        return None
+    opened, up, down = parts
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = down(gate(act, opened(x), up(x)))  # type: ignore[misc]
+        return y
+
+    x = _random(3, opened.in_features, like=opened.weight)  # type: ignore[union-attr, arg-type]
+    return forward if _close(forward(x), module.forward(x)) else None
+
+
+def _rotary(module: nn.Module) -> Callable[..., Any] | None:
+    """The module's own code, with another function under the name of the one that rotates."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        return None
+    plain = forward.__globals__.get("apply_rotary_pos_emb")
+    if plain is None or not _rotates(plain):
+        return None
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
+        if rest or options or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return plain(q, k, cos, sin, *rest, **options)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    ours = FunctionType(forward.__code__, {**forward.__globals__, "apply_rotary_pos_emb": rotated}, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours.__get__(module)
+
+
+@torch.no_grad()
+def _rotates(plain: Callable[..., Any]) -> bool:
+    one = torch.ones(())
+    q, k, angle = _random(2, 3, 5, 8, like=one), _random(2, 1, 5, 8, like=one), _random(2, 5, 4, like=one).repeat(1, 1, 2)
+    try:
+        wanted = plain(q, k, angle.cos(), angle.sin())
+    except (TypeError, RuntimeError):  # another signature
+        return False
+    cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+    return all(_close(rotate(x, cos, sin), y) for x, y in zip((q, k), wanted, strict=True))
+
+
+def _dropout(module: nn.Module) -> Callable[..., Any] | None:
+    if type(module) is not nn.Dropout or module.inplace or round(module.p * STEPS) == STEPS:
+        return None
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if module.training and module.p > 0 and x.device.type == "cpu":
+            return dropout(x, module.p)
+        return plain(x)
+
+    return forward
+
+
+def _attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """torch's attention, or plain products where those are faster: a short sequence on a CPU, in training, in bf16 or with dropout."""
+    short = max(q.shape[2], k.shape[2]) <= SHORT and q.device.type == "cpu" and torch.is_grad_enabled() and (mask is None or mask.shape[1] == 1)
+    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    if not short or special or (q.dtype == torch.float32 and not dropout):
+        return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[return-value]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and q.shape[2] > 1:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    y = attention(q, k, v, mask, q.shape[-1] ** -0.5 if scaling is None else scaling, dropout)
+    return y.transpose(1, 2), None
+
+
+def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model or "labels" not in inspect.signature(model.forward).parameters:
+        return None
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = {name for name, value in kwargs.items() if value is not None}
+        adapted = SLOT in head._modules or head.weight.requires_grad
+        if args or "labels" not in given or not model.training or not given <= LOSS_INPUTS or adapted:
+            return plain(*args, **kwargs)
+        labels, count = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        return CausalLMOutputWithPast(loss=causal_loss(model.base_model(**kwargs).last_hidden_state, head.weight, labels, count))
+
+    return forward
+
+
+def causal_loss(hidden: Tensor, weight: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of each next token, from ``hidden [rows, positions, d]`` and the head's ``weight [vocabulary, d]``.
+
+    Only positions that are followed by a label are multiplied with the head. Divided by ``count``; by their number where it is None.
+    """
+    following = labels[:, 1:]
+    wanted = following != IGNORED
+    total = linear_cross_entropy(hidden[:, :-1][wanted], weight, following[wanted])
+    return total / (wanted.sum() if count is None else count)
+
+
+# ---- the whole model --------------------------------------------------------------------------------------------------------
+
+
+class _Probe:
+    """A small padded batch, and what a model answers to it."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        table = model.get_input_embeddings().weight
+        ids = torch.randint(len(table), (2, 9), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        self.batch = {"input_ids": ids.to(table.device), "attention_mask": mask.to(table.device)}
+        self.labels = torch.where(mask == 1, ids, IGNORED).to(table.device)
+        self.labels[0, :3] = IGNORED
+
+    def answer(self) -> Tensor:
+        """The logits at real tokens, in eval mode, with gradients enabled so that every part takes the way it takes in training."""
+        return self._run(self.model, **self.batch).logits.detach()
+
+    def agrees(self, before: Tensor, after: Tensor) -> bool:
+        if before.shape[:2] == self.batch["input_ids"].shape:
+            real = self.batch["attention_mask"].bool()
+            before, after = before[real], after[real]
+        return bool((after - before).abs().max() <= torch.finfo(before.dtype).eps ** 0.5 * before.abs().max())
+
+    def same_loss(self, forward: Callable[..., Any]) -> bool:
+        """Whether the fused loss is the model's own, as a mean and divided by a given number."""
+        inner, head = self.model.base_model, self.model.get_output_embeddings()
+        for count in (None, torch.tensor(7, device=self.labels.device)):
+            extra = {} if count is None else {"num_items_in_batch": count}
+            wanted = self._run(self.model, **self.batch, labels=self.labels, **extra).loss
+            found = causal_loss(self._run(inner, **self.batch).last_hidden_state, head.weight, self.labels, count)
+            if wanted is None or not torch.isclose(found.float(), wanted.float(), rtol=torch.finfo(head.weight.dtype).eps ** 0.5):
+                return False
+        return True
+
+    def _run(self, module: nn.Module, **inputs: Any) -> Any:
+        modes = [(each, each.training) for each in self.model.modules()]
+        self.model.eval()
+        try:
+            return module(**inputs)
+        finally:
+            for each, mode in modes:
+                each.training = mode
