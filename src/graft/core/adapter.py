@@ -180,6 +180,8 @@ class Adapter:
             if options:
                 raise GraftError(f"{type(part).__name__} takes its options from the method, not {', '.join(options)}; pass them to attach().")
             return self.bind(part.make(self, lr, weight_decay), total_steps)
+        if not {"foreach", "fused", "capturable", "differentiable"} & set(options):
+            options["fused"] = all(p.device.type in ("cpu", "cuda") for p in self.parameters())
         return self.bind(torch.optim.AdamW(groups, lr=lr, **options), total_steps)
 
     def bind(self, optimizer: AnyOptimizer, total_steps: int) -> AnyOptimizer:

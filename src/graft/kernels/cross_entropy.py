@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graft.kernels.precision import working_dtype
 
-BLOCK = 2**21  # logits that are held at once: they stay in the cache between the two products
+BLOCK = 2**20  # logits that are held at once: they stay in the cache between the two products
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -41,17 +41,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         highest = hidden.new_full((count, 1), -torch.inf, dtype=exact)
         total = hidden.new_zeros(count, 1, dtype=exact)  # sum_v exp(logit - highest)
         mean = hidden.new_zeros(hidden.shape, dtype=exact)  # sum_v exp(logit - highest) w_v
+        memory = hidden.new_empty(count * min(columns, len(weight)))  # one piece for all blocks: fresh memory costs more than the arithmetic
+        wide = memory if exact == hidden.dtype else torch.empty_like(memory, dtype=exact)
         for block in weight.split(columns):
-            logits = hidden @ block.T
-            before, highest = highest, torch.maximum(highest, logits.amax(1, keepdim=True).to(exact))
-            logits.sub_(highest).exp_()
+            size = (count, len(block))
+            logits = torch.mm(hidden, block.T, out=memory[: count * len(block)].view(size))
+            shares = logits if wide is memory else wide[: count * len(block)].view(size).copy_(logits)
+            before, highest = highest, torch.maximum(highest, shares.amax(1, keepdim=True))
+            shares.sub_(highest).exp_()
             shrink = (before - highest).exp_()
-            total.mul_(shrink).add_(logits.sum(1, keepdim=True, dtype=exact))
+            total.mul_(shrink).add_(shares.sum(1, keepdim=True))
             mean.mul_(shrink)
-            if exact == hidden.dtype:
-                mean.addmm_(logits, block)
+            if wide is memory:
+                mean.addmm_(shares, block)
             else:
-                mean.add_(logits @ block)
+                mean.add_(logits.copy_(shares) @ block)
         own = weight[labels].to(exact)
         loss = (total.log() + highest - (hidden.to(exact) * own).sum(1, keepdim=True)).sum()
         ctx.save_for_backward(mean.div_(total).sub_(own).to(hidden.dtype) if ctx.needs_input_grad[0] else None)

@@ -32,7 +32,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, act: Activation, g: Tensor, u: Tensor) -> Tensor:
         ctx.save_for_backward(g, u)
         ctx.act = act
-        return act(g) * u
+        return _times(act(g), g, u)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -42,4 +42,9 @@ class _Gate(torch.autograd.Function):
             g = g.detach().requires_grad_()
             opened = ctx.act(g)
         dg = torch.autograd.grad(opened, g, gradient * u)[0] if ctx.needs_input_grad[1] else None
-        return None, dg, opened.detach() * gradient if ctx.needs_input_grad[2] else None
+        return None, dg, _times(opened.detach(), g, gradient) if ctx.needs_input_grad[2] else None
+
+
+def _times(opened: Tensor, g: Tensor, factor: Tensor) -> Tensor:
+    """The product, in the memory of ``opened``, unless the activation gave g itself."""
+    return opened * factor if opened.data_ptr() == g.data_ptr() else opened.mul_(factor)

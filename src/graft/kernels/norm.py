@@ -29,15 +29,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # mixed dtypes in one operation would be cast in each again
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype) * weight
+        return (wide * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        along = gradient.to(inverse.dtype) * weight
-        share = (along * x).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
-        return along.mul_(inverse).addcmul_(x, share, value=-1).to(x.dtype), None, None
+        wide, along = x.to(inverse.dtype), (gradient * weight).to(inverse.dtype)
+        share = (along * wide).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return along.mul_(inverse).addcmul_(wide, share, value=-1).to(x.dtype), None, None
