@@ -162,9 +162,8 @@ def _rotary(module: nn.Module) -> Callable[..., Any] | None:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    ours = FunctionType(
-        forward.__code__, {**forward.__globals__, "apply_rotary_pos_emb": rotated}, forward.__name__, forward.__defaults__, forward.__closure__
-    )
+    names = {**forward.__globals__, "apply_rotary_pos_emb": rotated}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
     return ours.__get__(module)
 
@@ -214,12 +213,9 @@ def _attention(
 
 def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
     head = model.get_output_embeddings()
-    if (
-        not isinstance(head, nn.Linear)
-        or head.bias is not None
-        or model.base_model is model
-        or "labels" not in inspect.signature(model.forward).parameters
-    ):
+    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model:
+        return None
+    if "labels" not in inspect.signature(model.forward).parameters:
         return None
     plain = model.forward
 

@@ -24,7 +24,8 @@ def keep_freed() -> bool:
         return False
     libc = ctypes.CDLL(None)
     settings = {_MMAP_THRESHOLD: 32 * MIB, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * MIB}  # 32 MiB is the most that glibc takes
-    return all([libc.mallopt(number, value) == 1 for number, value in settings.items()])
+    taken = [libc.mallopt(number, value) == 1 for number, value in settings.items()]
+    return all(taken)
 
 
 def peak() -> int:
