@@ -3,30 +3,74 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from graft.cli import show
+from graft.core.errors import GraftError
 
 
 def inspect(
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
+    plan: Annotated[bool, typer.Option("--plan", help="In which order its products are computed in training on this machine.")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="With --plan: tokens in a batch.")] = 1024,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what an adapter folder holds, without its base model.
 
-    Example: graft inspect runs/reviews
+    Example: graft inspect runs/reviews --plan --rows 2048
     """
+    if plan:
+        lines = _plans(Path(adapter), rows)
+        if json_:
+            show.print_json({"rows": rows, "dtype": "float32", "plan": lines})
+        else:
+            numbers = ("rank", "targets", "operations", "saved")
+            show.print_table(f"Order of products in fp32, {rows:,} tokens", tuple(lines[0]), [tuple(line.values()) for line in lines], right=numbers)
+        return
     facts = _facts(Path(adapter))
     if json_:
         show.print_json(facts)
         return
-    rows = [(name, value) for name, value in facts.items() if name != "targets"]
-    show.print_table(adapter, ("what", "value"), rows)
+    show.print_table(adapter, ("what", "value"), [(name, value) for name, value in facts.items() if name != "targets"])
     columns = ("target", "shape", "structure", "norm")
     show.print_table("Targets", columns, [(t["name"], t["shape"], t["structure"], f"{t['norm']:.4g}") for t in facts["targets"]], right=("norm",))
+
+
+def _plans(path: Path, rows: int) -> list[dict[str, Any]]:
+    """The planner's choice for each distinct shape and rank among the targets that run as low-rank maps."""
+    import torch
+
+    from graft.core.storage import read_tensors
+    from graft.kernels.plan import THIN, Shape, choose, operations
+    from graft.training.rates import use_measured
+
+    tensors = read_tensors(path)
+    pairs = [(A, tensors[key.replace("lora_A", "lora_B")]) for key, A in tensors.items() if "lora_A" in key and A.ndim == 2]
+    if not pairs:
+        raise GraftError(f"{path} holds no factors A and B of linear maps, so there is no order of products to choose.")
+    counts = Counter(Shape(rows, A.shape[1], B.shape[0], len(A)) for A, B in pairs)
+    use_measured(torch.float32)
+    lines = []
+    for size, count in counts.items():
+        chosen = choose(size, torch.float32)
+        thin, own = operations(THIN, size), operations(chosen, size)
+        lines.append(
+            {
+                "shape": f"{size.outputs} x {size.inputs}",
+                "rank": size.rank,
+                "targets": count,
+                "output": "merged" if chosen.merged_output else "thin",
+                "input gradient": "merged" if chosen.merged_input_gradient else "thin",
+                "factor gradients": "full" if chosen.full_gradient else "thin",
+                "operations": f"{own:.3g}",
+                "saved": f"{1 - own / thin:.0%}",
+            }
+        )
+    return lines
 
 
 def _facts(path: Path) -> dict[str, Any]:

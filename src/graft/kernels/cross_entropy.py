@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mean = hidden.new_zeros(hidden.shape, dtype=exact)  # sum_v exp(logit - highest) w_v
         memory = hidden.new_empty(count * min(columns, len(weight)))  # one piece for all blocks: fresh memory costs more than the arithmetic
         wide = memory if exact == hidden.dtype else torch.empty_like(memory, dtype=exact)
-        for block in torch.split(weight, columns):  # type: ignore[no-untyped-call]
+        for block in torch.split(weight, columns):
             size = (count, len(block))
             logits = torch.mm(hidden, block.T, out=memory[: count * len(block)].view(size))
             shares = logits if wide is memory else wide[: count * len(block)].view(size).copy_(logits)

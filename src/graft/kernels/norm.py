@@ -33,7 +33,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # mixed dtypes in one operation would be cast in each again
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype).mul_(weight)
+        y: Tensor = (wide * inverse).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
