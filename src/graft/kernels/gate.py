@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -36,13 +36,16 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         g, u = ctx.saved_tensors
-        with torch.enable_grad():
-            g = g.detach().requires_grad_()
-            opened = ctx.act(g)
-        dg = torch.autograd.grad(opened, g, gradient * u)[0] if ctx.needs_input_grad[1] else None
-        return None, dg, _times(opened.detach(), g, gradient) if ctx.needs_input_grad[2] else None
+        if isinstance(ctx.act, nn.SiLU):
+            opened, dg = ctx.act(g), torch.ops.aten.silu_backward(gradient * u, g)
+        else:
+            with torch.enable_grad():
+                leaf = g.detach().requires_grad_()
+                opened = ctx.act(leaf)
+                (dg,) = torch.autograd.grad(opened, leaf, gradient * u)
+        return None, dg, _times(opened.detach(), g, gradient)
 
 
 def _times(opened: Tensor, g: Tensor, factor: Tensor) -> Tensor:
