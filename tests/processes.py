@@ -28,8 +28,9 @@ class Launch:
         self.processes: list[ForkServerProcess] = []
         for rank in range(count):
             ours, theirs = _context.Pipe(duplex=False)
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            process = _context.Process(target=_work, args=(theirs, {k: str(v) for k, v in environment.items()}, function, args), daemon=True)
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+            environment = {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+            process = _context.Process(target=_work, args=(theirs, environment, function, args), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

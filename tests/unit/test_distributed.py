@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -130,9 +135,10 @@ def test_two_processes_train_as_one_with_the_same_global_batch(outputs: Any, nam
     assert one[0]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-3)  # something was learned
     expected, seen = (load_file(folder / f"{run}-{name}" / "adapter_model.safetensors") for run in ("one", kind))
     assert expected.keys() == seen.keys()
+    # The first step of a block that LISA draws is lr times the sign of its gradient, and where that is almost zero the sign is noise.
+    noise = 0.1 * 5e-3 if name == "lisa" else 1e-6
     for key, value in expected.items():
-        # Adam makes steps of up to lr of gradients that are almost zero, and so of their noise: a hundredth of one is allowed
-        torch.testing.assert_close(seen[key], value, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(seen[key], value, rtol=1e-4, atol=noise)
     run = json.loads((folder / f"{kind}-{name}" / "run.json").read_text())
     assert run["processes"] == 2
     assert not (folder / f"{kind}-{name}" / "checkpoints").exists()
@@ -183,7 +189,8 @@ def test_a_classifier_accumulates_as_one_large_batch(data: Path, tmp_path: Path)
     one = fit(FitConfig.make(_config(data, tmp_path / "one", "classifier", batch_size=7, accumulation=1, steps=6)))
     many = fit(FitConfig.make(_config(data, tmp_path / "many", "classifier", batch_size=1, accumulation=7, steps=6)))
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert [line["grad_norm"] for line in _lines(tmp_path / "many")] == pytest.approx([line["grad_norm"] for line in _lines(tmp_path / "one")], rel=1e-4)
+    norms = [[line["grad_norm"] for line in _lines(tmp_path / name)] for name in ("one", "many")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 # ---- killed and resumed ----------------------------------------------------------------------------------------------------
@@ -286,6 +293,75 @@ def test_a_divergence_is_found_at_the_next_checkpoint(refusals: Any) -> None:
     assert len(_lines(folder / "diverged")) == STEPS
 
 
+# ---- the command line ------------------------------------------------------------------------------------------------------
+
+
+def _commands(data: Path, folder: Path) -> dict[str, tuple[Any, str, str]]:
+    """Exit code, stdout and stderr of each command on this process."""
+    from graft.cli import main
+
+    def run(*options: str, **environment: str) -> tuple[Any, str, str]:
+        os.environ.update(environment)
+        sys.argv = ["graft", "fit", str(data / "answers.jsonl"), "--model", str(data / "causal"), "--max-length", "32", "--steps", "3", *options]
+        out, err = io.StringIO(), io.StringIO()
+        code: Any = 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as exit:
+                code = exit.code or 0
+        for name in environment:
+            os.environ.pop(name, None)
+        return code, out.getvalue(), err.getvalue()
+
+    return {
+        "version 1": run("--output", str(folder / "none"), ACCELERATE_USE_FSDP="true", FSDP_VERSION="1"),
+        "steps": run("--output", str(folder / "none"), "--steps", "0"),
+        "rank": run("--output", str(folder / "none"), "--set", "rank=99"),
+        "fits": run("--output", str(folder / "run"), "--set", "rank=3", "--json", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
+    }
+
+
+def test_the_command_line_speaks_once(data: Path, tmp_path: Path) -> None:
+    first, second = Launch(_commands, data, tmp_path).results()
+    for name, sentence in (("version 1", "FSDP version 1"), ("steps", "the setting 'steps' is 0"), ("rank", "rank is 99, but")):
+        code, out, err = first[name]
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert sentence in err
+        assert second[name] == (2, "", "")
+    assert not (tmp_path / "none").exists()
+    code, out, err = first["fits"]
+    assert code == 0, err
+    run = json.loads(out)
+    assert (run["state"], run["processes"], run["config"]["shard"]) == ("finished", 2, True)
+    assert "loss" in err  # the bar
+    assert second["fits"] == (0, "", "")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("launcher", "shard"),
+    [
+        (("torch.distributed.run", "--nproc-per-node", "2", "-m", "graft"), False),
+        (("accelerate.commands.launch", "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2", "-m", "graft"), True),
+    ],
+)
+def test_real_launchers(data: Path, tmp_path: Path, launcher: tuple[str, ...], shard: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    port_option = "--master-port" if launcher[0].startswith("torch") else "--main_process_port"
+    options = ["fit", str(data / "answers.jsonl"), "--model", str(data / "causal"), "--steps", "3", "--max-length", "32", "--set", "rank=3"]
+    result = subprocess.run(
+        [sys.executable, "-m", launcher[0], port_option, port, *launcher[1:], *options, "--output", str(tmp_path / "run"), "--json"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = json.loads(result.stdout)
+    assert (run["processes"], run["config"]["shard"]) == (2, shard)
+    assert graft.load_adapter(graft.load(data / "causal")[0], tmp_path / "run").step == 3
+
+
 # ---- other people's loops --------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +375,9 @@ def _group() -> Iterator[None]:
 
 
 LOOPS: dict[str, dict[str, Any]] = {"lora": {"rank": 3}, "adalora": {"rank": 2, "initial_rank": 4, "interval": 2, "warmup": 0.2, "final": 0.3}}
+
+
+LOOPS_WATCHED = ("full", "lora")
 
 
 def _even_batches() -> list[dict[str, Tensor]]:
@@ -324,12 +403,10 @@ def _plain_loops(batches: list[dict[str, Tensor]], folder: Path) -> dict[str, An
             distributed.check_equal(adapter)
             found[method] = {name: value.clone() for name, value in adapter.tensors().items()}
 
-        model = tiny.llama(tied=True)
-        adapter = graft.attach(model, "lora", seed=3, rank=3)
-        whole = [weakref.ref(p) for name, p in model.named_parameters() if ".graft." not in f".{name}"]
-        distributed.shard(model, adapter)
-        gc.collect()
-        found["kept"] = sum(ref() is not None for ref in whole)
+        for method in LOOPS_WATCHED:
+            model = tiny.llama(tied=True)
+            adapter = graft.attach(model, method, seed=3, **LOOPS.get(method, {}))
+            found[f"{method} kept"] = _shard_and_watch(model, adapter)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         optimizer = adapter.optimizer(1e-2, 10)
         for batch in halves:
@@ -344,6 +421,20 @@ def _plain_loops(batches: list[dict[str, Tensor]], folder: Path) -> dict[str, An
             adapter.save(folder / "by hand")
         graft.detach(model)
         found["given back"] = all(p.requires_grad for p in model.parameters())
+
+        # Different starts: the first process's is everybody's, random bases included.
+        for method, settings in {"randlora": {"rank": 4, "save_bases": False}, "lora": {"rank": 3}}.items():
+            adapter = graft.attach(tiny.llama(), method, seed=rank, **settings)
+            distributed.synchronise(adapter)
+            distributed.check_equal(adapter)
+            found[f"{method} start"] = {name: value.clone() for name, value in distributed._tensors(adapter).items()}
+
+        # One process resumed and the other did not, because it does not see the folder.
+        adapter.step = rank
+        try:
+            distributed.synchronise(adapter)
+        except GraftError as error:
+            found["step"] = str(error)
 
         # What goes wrong when everything is sharded, adapter and all.
         model = tiny.llama()
@@ -363,6 +454,63 @@ def _plain_loops(batches: list[dict[str, Tensor]], folder: Path) -> dict[str, An
         distributed.average_gradients([first, second, third])
         found["averages"] = [None if p.grad is None else p.grad.tolist() for p in (first, second, third)]
     return found
+
+
+def _shard_and_watch(model: nn.Module, adapter: graft.Adapter) -> list[int]:
+    """How many whole base weights are still in memory before the root is sharded, after the blocks, and at the end."""
+    whole = [weakref.ref(p) for name, p in model.named_parameters() if ".graft." not in f".{name}"]
+    alive: list[int] = []
+    fully_shard = torch.distributed.fsdp.fully_shard
+
+    def watch(module: nn.Module, **options: Any) -> nn.Module:
+        if module is model:
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in whole))
+        return fully_shard(module, **options)
+
+    torch.distributed.fsdp.fully_shard = watch
+    try:
+        distributed.shard(model, adapter)
+    finally:
+        torch.distributed.fsdp.fully_shard = fully_shard
+    gc.collect()
+    return [*alive, sum(ref() is not None for ref in whole)]
+
+
+def _every_method(batches: list[dict[str, Tensor]]) -> dict[str, list[float]]:
+    """The losses of each method of the catalogue on a sharded base."""
+    found = {}
+    with _group():
+        rank = distributed.rank()
+        halves = [{name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()} for batch in batches]
+        for method in graft.methods():
+            model = tiny.llama()
+            adapter = graft.attach(model, method.name, seed=3, calibration=batches, **tiny.settings(method.name))
+            distributed.shard(model, adapter)
+            optimizer = adapter.optimizer(1e-2, 5)
+            distributed.synchronise(adapter)
+            losses = []
+            for step in range(5):
+                model.train()
+                loss = model(**halves[step % 3]).loss
+                loss.backward()
+                distributed.average_gradients(adapter.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            distributed.check_equal(adapter)
+            found[method.name] = losses
+    return found
+
+
+def test_every_method_trains_on_a_sharded_base() -> None:
+    results = Launch(_every_method, _even_batches()).results()
+    for method in graft.methods():
+        model = tiny.llama()
+        adapter = graft.attach(model, method.name, seed=3, calibration=_even_batches(), **tiny.settings(method.name))
+        expected = tiny.train(model, adapter.optimizer(1e-2, 5), _even_batches(), 5)
+        seen = [sum(losses) / 2 for losses in zip(*(result[method.name] for result in results), strict=True)]
+        assert seen == pytest.approx(expected, rel=1e-5), method.name
 
 
 @pytest.fixture(scope="module")
@@ -395,11 +543,23 @@ def test_a_plain_loop_with_a_sharded_base(loops: Any) -> None:
     for result in results:
         for name, value in adapter.tensors().items():
             torch.testing.assert_close(result["sharded"][name], value, rtol=1e-4, atol=1e-6)
-        assert result["kept"] == 0  # the whole weights are gone from memory
+        for method in LOOPS_WATCHED:
+            assert result[f"{method} kept"] == [2, 0]  # embedding and last norm, then nothing: the whole weights leave memory as they are split
         assert result["given back"]
     loaded = graft.load_adapter(tiny.llama(tied=True), folder / "by hand")
     assert loaded.tensors().keys() == adapter.tensors().keys()
     assert json.loads((folder / "by hand" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_all_start_as_the_first_does(loops: Any) -> None:
+    (first, second), alone = loops[1], graft.attach(tiny.llama(), "randlora", seed=0, rank=4, save_bases=False)
+    for method in ("randlora", "lora"):
+        for name, value in first[f"{method} start"].items():
+            assert torch.equal(value, second[f"{method} start"][name]), name
+    for name, value in distributed._tensors(alone).items():
+        assert torch.equal(value, first["randlora start"][name]), name
+    assert first["step"] == second["step"]
+    assert "process 1 differs from process 0 in step of the adapter; start all processes with the same" in first["step"]
 
 
 def test_a_sharded_adapter_is_not_saved(loops: Any) -> None:
@@ -451,7 +611,7 @@ def test_shares_are_one_batch_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     assert [list(distributed.Shares(torch.utils.data.SequentialSampler(range(1)), 2))] == [[[]]]
 
 
-def test_one_process_needs_nobody() -> None:
+def test_one_process_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.start() is False
     assert (distributed.rank(), distributed.world_size(), distributed.gather("x")) == (0, 1, ["x"])
     parameter = nn.Parameter(torch.zeros(1))
@@ -460,6 +620,10 @@ def test_one_process_needs_nobody() -> None:
     assert parameter.grad.item() == 1
     with pytest.raises(KeyError), distributed.together():
         raise KeyError
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(GraftError, match="a process group of 2 was made by hand; start the processes with torchrun"):
+        distributed.start()
+    monkeypatch.undo()
     with pytest.raises(GraftError, match="shard splits the base over processes, but there is one"):
         distributed.shard(tiny.llama(), graft.attach(tiny.llama(), "lora", rank=3))
     assert issubclass(ToldElsewhere, GraftError)

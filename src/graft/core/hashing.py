@@ -35,8 +35,8 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     for name, parameter in sorted(parameters):
         if hasattr(parameter, "placements"):  # a DTensor; its class costs a slow import
             raise GraftError(
-                f"{name} is sharded over processes, so the base has no fingerprint here; set adapter.fingerprint = fingerprint(model) before sharding it, "
-                "as graft.training.distributed.shard does."
+                f"{name} is sharded over processes, so the base has no fingerprint here; set adapter.fingerprint = fingerprint(model) "
+                "before sharding it, as graft.training.distributed.shard does."
             )
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().data)

@@ -37,7 +37,10 @@ def start() -> bool:
 
     Talks over nccl on CUDA and gloo on the CPU. Raises :class:`GraftError` for a launch that Graft has no answer to.
     """
-    asks_to_shard = _asks_to_shard(os.environ)
+    try:
+        asks_to_shard = _asks_to_shard(os.environ)
+    except GraftError as error:  # all processes see the same, and cannot talk yet
+        raise (ToldElsewhere if int(os.environ.get("RANK", 0)) else GraftError)(str(error)) from None
     if asks_to_shard:
         del os.environ["ACCELERATE_USE_FSDP"]  # shard() does it; accelerate must not do it again
     if "LOCAL_RANK" in os.environ or any(int(os.environ.get(name, 1)) > 1 for name in _MPI):
@@ -146,13 +149,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.requires_grad:
             groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for (dtype, device), group in groups.items():
-        present = torch.tensor([parameter.grad is not None for parameter in group], dtype=dtype, device=device)
+        present = [parameter.grad is not None for parameter in group]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), present])
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), torch.tensor(present, dtype=dtype, device=device)])
         dist.all_reduce(flat)
         flat /= world_size()
-        *averages, present = flat.split([*(parameter.numel() for parameter in group), len(group)])
-        for parameter, average, somewhere in zip(group, averages, (present > 0).tolist(), strict=True):
+        *averages, shares = flat.split([*(parameter.numel() for parameter in group), len(group)])
+        if not all(present):
+            present = (shares > 0).tolist()
+        for parameter, average, somewhere in zip(group, averages, present, strict=True):
             parameter.grad = average.view_as(parameter) if somewhere else None
 
 
@@ -211,15 +216,17 @@ def shard(model: nn.Module, adapter: Adapter) -> None:
     assert registry is not None
     wanted_gradients = [requires_grad for _, requires_grad in registry.frozen]
     registry.frozen = []  # or it would keep the whole weights alive
+    device = "cpu" if on_cpu() else "cuda"
     left_whole = {p for name, p in model.named_parameters() if f".{SLOT}." in f".{name}" or p.ndim == 0}
     options: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu" if on_cpu() else "cuda", (world_size(),)),
+        "mesh": init_device_mesh(device, (world_size(),)),
         "ignored_params": left_whole,
         "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
     }
     for block in _blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **{**options, "reshard_after_forward": None})
+    model.to(device)  # what stays whole
     base = [p for name, p in model.named_parameters() if f".{SLOT}." not in f".{name}"]
     registry.frozen = list(zip(base, wanted_gradients, strict=True))
 
@@ -241,8 +248,8 @@ def synchronise(adapter: Adapter) -> None:
         return
     adapter.fingerprint = adapter.fingerprint or fingerprint(adapter.model, adapter.modules_to_save)
     tensors = _tensors(adapter)
-    facts = {"base": adapter.fingerprint} | {name: f"{list(value.shape)} {value.dtype}" for name, value in tensors.items()}
-    _refuse_difference(facts, "start all processes with the same version, settings and model files")
+    facts = {"base": adapter.fingerprint, "step": adapter.step} | {name: f"{list(value.shape)} {value.dtype}" for name, value in tensors.items()}
+    _refuse_difference(facts, "start all processes with the same version, settings and model files, and with a folder that all can read")
     for value in tensors.values():
         whole = value.contiguous()
         dist.broadcast(whole, src=0)
