@@ -197,7 +197,7 @@ def test_a_classifier_accumulates_as_one_large_batch(data: Path, tmp_path: Path)
 
 
 def _slowly(config: dict[str, Any], resume: bool) -> None:
-    fit(FitConfig.make(config), resume=resume, progress=lambda *_: time.sleep(0.03))
+    fit(FitConfig.make(config), resume=resume, progress=lambda *_: time.sleep(0.06))
 
 
 def _refused(config: dict[str, Any], resume: bool = False) -> tuple[str, str]:
@@ -217,6 +217,9 @@ def test_two_processes_killed_and_resumed_are_never_killed(data: Path, tmp_path:
     metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 60
     while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
         time.sleep(0.01)
+    launch.processes[1].kill()
+    launch.processes[0].join(30)
+    assert not launch.processes[0].is_alive(), "the first process waits for one that has gone"
     launch.kill()
     assert len(metrics.read_text().splitlines()) < STEPS
     with pytest.raises(GraftError, match=r"holds a run of 2 processes, and there are 1 now; resume it with as many"):
@@ -403,6 +406,13 @@ def _plain_loops(batches: list[dict[str, Tensor]], folder: Path) -> dict[str, An
             distributed.check_equal(adapter)
             found[method] = {name: value.clone() for name, value in adapter.tensors().items()}
 
+        model = tiny.llama()
+        optimizer = graft.attach(model, "lisa", **METHODS["lisa"]["settings"]).optimizer(1e-2, 10)
+        try:
+            tiny.train(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), optimizer, halves, 1)
+        except GraftError as error:
+            found["lisa"] = str(error)
+
         for method in LOOPS_WATCHED:
             model = tiny.llama(tied=True)
             adapter = graft.attach(model, method, seed=3, **LOOPS.get(method, {}))
@@ -535,6 +545,11 @@ def test_a_plain_loop_under_distributed_data_parallel(loops: Any, method: str) -
             torch.testing.assert_close(result[method][name], value, rtol=1e-4, atol=1e-6)
     if method == "adalora":
         assert any((value == 0).any() for name, value in expected.items() if name.endswith(".E"))
+
+
+def test_a_wrapper_that_would_miss_unfrozen_blocks_is_refused(loops: Any) -> None:
+    for result in loops[1]:
+        assert "LISA unfreezes blocks that DistributedDataParallel does not know; use `graft fit`, or" in result["lisa"]
 
 
 def test_a_plain_loop_with_a_sharded_base(loops: Any) -> None:
