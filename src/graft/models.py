@@ -177,8 +177,11 @@ def _converted(name: str, gguf: Path) -> Path:
             del model.config.quantization_config
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-        if not folder.exists():
+        try:
             os.replace(staging, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was quicker
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

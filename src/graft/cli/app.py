@@ -19,12 +19,13 @@ class _OneSentence(TyperGroup):
     """Prints a user's mistake as its one sentence, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        from graft.core.errors import GraftError
+        from graft.core.errors import GraftError, ToldElsewhere
 
         try:
             return super().invoke(ctx)
         except GraftError as error:
-            print(f"graft: {error}", file=sys.stderr)
+            if not isinstance(error, ToldElsewhere):
+                print(f"graft: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("graft: stopped; a run of `graft fit` goes on with --resume.", file=sys.stderr)

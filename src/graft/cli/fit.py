@@ -21,6 +21,7 @@ def fit(
     max_length: Annotated[int | None, typer.Option(help="Tokens a row at most. [default: 512]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: 2e-4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32]")] = None,
+    shard: Annotated[bool | None, typer.Option("--shard", help="Shard the frozen base over processes (FSDP2).", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints. [default: a tenth of the run]")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for the adapter, run.json and metrics.jsonl.")] = None,
@@ -32,21 +33,28 @@ def fit(
 
     Example: graft fit reviews.jsonl --model smollm2 --method lora --set rank=8 --steps 100 --output runs/reviews
     """
+    from graft.training import distributed
     from graft.training.config import FitConfig, read_yaml
     from graft.training.fit import fit as run_fit
 
+    sharded_by_launcher = distributed.start()
     given: dict[str, Any] = {
         "data": data, "model": model, "method": method, "targets": targets or None, "steps": steps, "batch_size": batch_size,
-        "accumulation": accumulation, "max_length": max_length, "lr": lr, "dtype": dtype, "seed": seed, "checkpoint_every": checkpoint_every,
-        "output": output,
+        "accumulation": accumulation, "max_length": max_length, "lr": lr, "dtype": dtype, "shard": shard or sharded_by_launcher or None, "seed": seed,
+        "checkpoint_every": checkpoint_every, "output": output,
     }  # fmt: skip
-    values = read_yaml(config) if config else {}
-    values |= {name: value for name, value in given.items() if value is not None}
-    if set_:
-        values["settings"] = {**values.get("settings", {}), **show.settings(set_)}
-    checked = FitConfig.make(values)
+    with distributed.together():
+        values = read_yaml(config) if config else {}
+        values |= {name: value for name, value in given.items() if value is not None}
+        if set_:
+            values["settings"] = {**values.get("settings", {}), **show.settings(set_)}
+        checked = FitConfig.make(values)
     with show.progress(f"{checked.method} on {checked.model}") as advance:
         run = run_fit(checked, resume=resume, progress=advance)
+    first = distributed.rank() == 0
+    distributed.stop()
+    if not first:
+        return
     if json_:
         show.print_json(run)
         return

@@ -85,7 +85,8 @@ class Adapter:
         self.whole_targets: frozenset[str] = frozenset()
         self.callbacks: list[Callback] = [callback for part in recipe.parts for callback in part.callbacks()]
         self.step, self.trainable = 0, True
-        self.fingerprint = None if recipe.delta.keeps_base else fingerprint(model)  # of a base that will not stay
+        self.fingerprint = None if recipe.delta.keeps_base else fingerprint(model)  # of a base that will not stay, or not stay whole
+        self.shapes: dict[str, torch.Size] = {}  # of tensors(), as built
         self._hooks: list[RemovableHandle] = []
 
     def __repr__(self) -> str:
@@ -340,6 +341,7 @@ def attach(
     except BaseException:
         detach(model, name)
         raise
+    adapter.shapes = {name: value.shape for name, value in adapter.tensors().items()}
     return adapter
 
 
@@ -373,6 +375,7 @@ def build(
         slot_of(delta.target).add(name, delta)
     share_inputs(delta.target for delta in adapter.deltas.values())
     _house_shared(adapter)
+    adapter.shapes = {name: value.shape for name, value in adapter.tensors().items()}
     return adapter
 
 

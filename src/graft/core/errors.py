@@ -10,6 +10,10 @@ class GraftError(ValueError):
     """A user's mistake. The command line prints it without a traceback and exits with code 2."""
 
 
+class ToldElsewhere(GraftError):
+    """Another process has failed, or in the same way, and its error is the one to show."""
+
+
 class NotMergeable(GraftError):
     """The adapted map is not a matrix (a router, a non-linearity), so there is nothing to bake."""
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from graft.core.errors import GraftError
 from graft.core.target import SLOT
 
 _fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
@@ -18,7 +19,7 @@ _fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakK
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A hash of the base model's parameters (names, shapes, values rounded to bf16, so that fp32 and bf16 copies agree).
 
-    ``without`` are modules that an adapter brings itself. Deltas do not count.
+    ``without`` are modules that an adapter brings itself. Deltas do not count. Raises :class:`GraftError` for a sharded base.
     """
     skipped = tuple(without)
     parameters = [
@@ -32,6 +33,11 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
         return cached[1]
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters):
+        if hasattr(parameter, "placements"):  # a DTensor; its class costs a slow import
+            raise GraftError(
+                f"{name} is sharded over processes, so the base has no fingerprint here; set adapter.fingerprint = fingerprint(model) "
+                "before sharding it, as graft.training.distributed.shard does."
+            )
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().data)
     _fingerprints[model] = (state, digest.hexdigest())

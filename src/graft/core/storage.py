@@ -101,14 +101,36 @@ def _file_key(peft: PeftFormat | None, delta: Delta, key: str) -> str:
     return f"{PREFIX}{delta.target.name}.{delta.file_key(key, peft)}"
 
 
+def check_whole(adapter: Adapter) -> None:
+    """Raises :class:`GraftError` where a tensor is not what the adapter was built with: sharded, emptied or moved away by whoever wrapped the model.
+
+    Such a file would look like an adapter and hold a part of one, or nothing.
+    """
+    for name, value in adapter.tensors().items():
+        built = adapter.shapes.get(name, value.shape)
+        if hasattr(value, "placements"):  # a DTensor; its class costs a slow import
+            seen = "is sharded over processes"
+        elif value.is_meta:
+            seen = "holds no values (device meta)"
+        elif value.shape != built:
+            seen = f"has shape {list(value.shape)} instead of {list(built)}"
+        else:
+            continue
+        raise GraftError(
+            f"{name} of adapter {adapter.name!r} {seen}, so nothing was saved; leave the adapter out of sharding and offloading "
+            "(fully_shard(..., ignored_params=set(adapter.parameters()))), or gather it first."
+        )
+
+
 def save_adapter(adapter: Adapter, path: str | Path) -> Path:
     """Writes the adapter to the folder ``path``, atomically; other files in the folder stay.
 
-    Raises :class:`GraftError` when a value is not finite or ``path`` is a file.
+    Raises :class:`GraftError` when a value is not finite, a tensor is not whole or ``path`` is a file.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path} is a file; give a folder to save the adapter in.")
+    check_whole(adapter)
     for callback in adapter.callbacks:
         callback.on_export()
     tensors = {name: value.detach().cpu() for name, value in exported(adapter).items()}
@@ -126,10 +148,10 @@ def adapter_config(adapter: Adapter, content: str) -> dict[str, Any]:
     config = getattr(model, "config", None)
     base = {
         "name": getattr(config, "_name_or_path", None) or None,
-        "class": type(model).__name__,
+        "class": _class_name(model),
         "fingerprint": adapter.fingerprint or fingerprint(model, heads),
     }
-    if "SequenceClassification" in type(model).__name__ and config is not None:
+    if "SequenceClassification" in _class_name(model) and config is not None:
         base["labels"] = [config.id2label[index] for index in range(config.num_labels)]
     ours = {
         "format": FORMAT,
@@ -157,7 +179,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     if peft is None:
         return {}
     deltas = [d for name, d in adapter.deltas.items() if name not in adapter.whole_targets]
-    task = _TASKS.get(type(adapter.model).__name__.partition("For")[2])
+    task = _TASKS.get(_class_name(adapter.model).partition("For")[2])
     if task == "SEQ_CLS" and not adapter.modules_to_save:
         task = None  # with this task PEFT takes every head to be in the file
     return {
@@ -170,6 +192,11 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "fan_in_fan_out": any(d.target.kind == "conv1d" for d in deltas),
         **delta.to_peft(adapter),
     }
+
+
+def _class_name(model: nn.Module) -> str:
+    """The name of the model's class; FSDP2 puts a subclass in its place."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}

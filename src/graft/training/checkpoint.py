@@ -19,17 +19,21 @@ from torch import Tensor
 
 from graft.core.adapter import Adapter
 from graft.core.errors import GraftError
-from graft.core.storage import adapter_config, to_json, write_folder
+from graft.core.storage import adapter_config, check_whole, to_json, write_folder
 
 TENSORS, STATE, ADAPTER = "state.safetensors", "state.json", "adapter.json"
 
 
-def save(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, schedule: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Writes a checkpoint; ``schedule`` are JSON values that come back as they are, ``files`` are written along."""
+def save(
+    folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, schedule: dict[str, Any], random: list[Any], files: dict[str, bytes]
+) -> None:
+    """Writes a checkpoint; ``schedule`` are JSON values that come back as they are, ``random`` is the :func:`random_state` of each
+    process, ``files`` are written along."""
+    check_whole(adapter)
     state = {
         "adapter": adapter.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "random": _random_state(),
+        "random": random,
         "schedule": schedule,
         "order": _order(adapter, optimizer),
     }
@@ -82,7 +86,8 @@ def keep_newest(folder: Path, count: int) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The state of all random number generators of this process."""
     version, words, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -95,15 +100,15 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
-def restore_random(state: dict[str, Any]) -> None:
-    """Puts all random number generators back."""
-    version, words, gauss = state["random"]["python"]
+def restore_random(saved: dict[str, Any]) -> None:
+    """Puts all random number generators of this process back; ``saved`` is its entry of ``state["random"]``."""
+    version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
-    algorithm, keys, position, has_gauss, cached = state["random"]["numpy"]
+    algorithm, keys, position, has_gauss, cached = saved["numpy"]
     np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["random"]["torch"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(list(state["random"]["cuda"].values()))
+    torch.set_rng_state(saved["torch"])
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(list(saved["cuda"].values()))
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
@@ -38,7 +38,7 @@ from graft.core.target import find_targets
 from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
 from graft.models import load
-from graft.training import checkpoint
+from graft.training import checkpoint, distributed
 from graft.training.config import FitConfig
 
 RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
@@ -52,56 +52,85 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     ``resume`` the run goes on from its newest checkpoint and ends with the same weights as one that was never stopped.
     Raises :class:`GraftError` for anything wrong with data, method or folder, before anything is written.
     """
-    folder = config.folder
-    method = catalogue[config.method]
-    method.recipe(**config.settings)
-    start = _starting_point(folder, config, resume)
-    torch.manual_seed(config.seed)
-    table = read(config.data)
-    model, tokenizer = load(
-        config.model, dtype=config.dtype, task=_task(table), labels=table.labels if table.kind == "labels" else None, seed=config.seed
-    )
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and config.max_length > room:
-        raise GraftError(f"max_length is {config.max_length}, but {config.model} reads at most {room} tokens; lower it.")
-    encoded = encode(table, tokenizer, config.max_length, table.labels)
-    collate = collator(tokenizer.pad_token_id)
-    if start is None:
-        adapter = _attach(config, model, encoded, collate, table)
-    else:
-        adapter = rebuild(model, json.loads((start / checkpoint.ADAPTER).read_text()), "default", start)
-    optimizer = adapter.optimizer(config.lr, config.steps, config.weight_decay)
-    if getattr(optimizer, "per_layer", False) and (config.max_grad_norm or config.accumulation > 1):
-        raise GraftError(
-            "per_layer updates each weight in the backward pass, so it excludes clipping and accumulation; set max_grad_norm: 0 in --config."
+    if distributed.start():
+        config = config.model_copy(update={"shard": True})
+    folder, first = config.folder, distributed.rank() == 0
+    with distributed.together():
+        method = catalogue[config.method]
+        method.recipe(**config.settings)
+        start = _starting_point(folder, config, resume)
+        torch.manual_seed(config.seed)
+        table = read(config.data)
+        model, tokenizer = load(
+            config.model, dtype=config.dtype, task=_task(table), labels=table.labels if table.kind == "labels" else None, seed=config.seed
         )
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room and config.max_length > room:
+            raise GraftError(f"max_length is {config.max_length}, but {config.model} reads at most {room} tokens; lower it.")
+        encoded = encode(table, tokenizer, config.max_length, table.labels)
+        collate = collator(tokenizer.pad_token_id)
+        if start is None:
+            adapter = _attach(config, model, encoded, collate, table)
+        else:
+            adapter = rebuild(model, json.loads((start / checkpoint.ADAPTER).read_text()), "default", start)
+        optimizer = adapter.optimizer(config.lr, config.steps, config.weight_decay)
+        if getattr(optimizer, "per_layer", False):
+            if config.max_grad_norm or config.accumulation > 1:
+                raise GraftError(
+                    "per_layer updates each weight in the backward pass, so it excludes clipping and accumulation; set max_grad_norm: 0 in --config."
+                )
+            if distributed.world_size() > 1:
+                raise GraftError("per_layer updates each weight before the processes can average its gradient; leave it out, or start one process.")
+        if config.shard:
+            distributed.check_shardable(adapter)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / RUN, {"config": config.model_dump(), "state": "running"})
+    if config.shard:
+        distributed.shard(model, adapter)
+    with distributed.together():
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
     record = _Recorder(folder / METRICS, progress)
     trainer = GraftTrainer(
-        model=model, args=_arguments(config), train_dataset=encoded, data_collator=collate, optimizers=(optimizer, None), callbacks=[record]
+        model=model, args=_arguments(config), train_dataset=encoded, data_collator=collate, optimizers=(optimizer, None),
+        callbacks=[record] if first else [], compute_loss_func=_mean_over_rows if table.kind == "labels" else None,
     )  # fmt: skip
     trainer.adapter, trainer.checkpoints, trainer.order_seed = adapter, folder / CHECKPOINTS, config.seed
     trainer.remove_callback(transformers.PrinterCallback)
+    distributed.synchronise(adapter)
+    torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # the bound hooks hide the first call
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     model.eval()
+    distributed.check_equal(adapter)
+    tokens, memory = zip(*distributed.gather((trainer.tokens, peak_memory())), strict=True)
+    run: dict[str, Any] = {}
+    with distributed.together():
+        if first:
+            run = _finish(config, adapter, table, encoded, record, sum(tokens), max(memory))
+    run = distributed.gather(run)[0]
+    return run
+
+
+def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded, record: _Recorder, tokens: int, memory: int) -> dict[str, Any]:
+    """Writes the adapter and ``run.json``, and clears the checkpoints away; returns what ``run.json`` holds."""
+    folder = config.folder
     adapter.save(folder)
     run = {
         "state": "finished",
         "config": config.model_dump(),
+        "processes": distributed.world_size(),
         "method": adapter.method,
         "trainable_parameters": adapter.parameter_count,
         "rows": len(table),
         "rows_shortened": encoded.shortened,
         "loss": record.last["loss"],
-        "tokens_per_second": trainer.tokens / max(sum(record.seconds), 1e-9),
+        "tokens_per_second": tokens / max(sum(record.seconds), 1e-9),
         "step_seconds": statistics.median(record.seconds) if record.seconds else None,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": memory,
         "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
-        "base": {"name": config.model, "fingerprint": adapter.fingerprint or fingerprint(model, adapter.modules_to_save)},
+        "base": {"name": config.model, "fingerprint": adapter.fingerprint or fingerprint(adapter.model, adapter.modules_to_save)},
         "versions": versions(),
         "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
     }
@@ -113,9 +142,9 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
 def _attach(config: FitConfig, model: nn.Module, encoded: Encoded, collate: Any, table: Table) -> Adapter:
     """The adapter of a fresh run, calibrated on the first rows in training order where the method asks for it."""
     order = list(DataOrder(len(encoded), config.seed))
+    rows = config.calibration_batches * config.batch_size * distributed.world_size()  # those of one process with the same global batch
     batches = [
-        collate([encoded[i] for i in order[start : start + config.batch_size]])
-        for start in range(0, min(len(order), config.calibration_batches * config.batch_size), config.batch_size)
+        collate([encoded[i] for i in order[start : start + config.batch_size]]) for start in range(0, min(len(order), rows), config.batch_size)
     ]
     heads = _new_head(model, config) if table.kind == "labels" else []
     return attach(model, config.method, targets=config.targets, seed=config.seed, calibration=batches, modules_to_save=heads, **config.settings)
@@ -146,6 +175,10 @@ def _starting_point(folder: Path, config: FitConfig, resume: bool) -> Path | Non
         raise GraftError(f"{folder} holds a run already; pass --resume to go on with it, or another --output.")
     if before["state"] == "finished":
         raise GraftError(f"the run in {folder} is finished; choose another --output for a new one.")
+    if before.get("processes", 1) != distributed.world_size():
+        raise GraftError(
+            f"{folder} holds a run of {before.get('processes', 1)} processes, and there are {distributed.world_size()} now; resume it with as many."
+        )
     different = [key for key, value in config.model_dump().items() if before["config"].get(key) != value]
     if different:
         key = different[0]
@@ -157,13 +190,21 @@ def _starting_point(folder: Path, config: FitConfig, resume: bool) -> Path | Non
 
 def _arguments(config: FitConfig) -> transformers.TrainingArguments:
     every = config.checkpoint_every or max(1, config.steps // 10)
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(config.folder / CHECKPOINTS), max_steps=config.steps, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation, learning_rate=config.lr, lr_scheduler_type=config.schedule,
         warmup_steps=round(config.warmup * config.steps), max_grad_norm=config.max_grad_norm, seed=config.seed, data_seed=config.seed,
         save_strategy="steps", save_steps=every, logging_steps=1, report_to=[], disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=not distributed.on_cpu(), use_cpu=distributed.on_cpu(),
+        ddp_backend="gloo" if distributed.on_cpu() and distributed.world_size() > 1 else None,
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process has one device: no DataParallel over all that it sees
+    return arguments
+
+
+def _mean_over_rows(output: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """The loss of a classifier, over all rows of an update; the models' own is a mean over each forward pass, whatever its share of them."""
+    return nn.functional.cross_entropy(output.logits.float(), labels, reduction="sum") / num_items_in_batch
 
 
 class DataOrder(Sampler[int]):
@@ -194,9 +235,23 @@ class GraftTrainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return DataOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.order_seed)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if distributed.world_size() == 1:
+            return super().get_train_dataloader()
+        order, arguments = self._get_train_sampler(), self.args
+        return distributed.loader(
+            self.train_dataset, order, arguments.per_device_train_batch_size, self.data_collator, arguments.dataloader_pin_memory
+        )
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """No DistributedDataParallel: gradients are averaged below, in ``training_step`` (see ``training/distributed.py``)."""
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self.tokens += int(inputs["attention_mask"].sum())
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            distributed.average_gradients(self.adapter.parameters())
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -211,8 +266,12 @@ class GraftTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.checkpoints / checkpoint.name(self.state.global_step)
         progress = {TRAINER_STATE_NAME: to_json(dataclasses.asdict(self.state))}
-        checkpoint.save(folder, self.adapter, self.optimizer.optimizer, self.lr_scheduler.state_dict(), progress)
-        checkpoint.keep_newest(self.checkpoints, 2)
+        random = distributed.gather(checkpoint.random_state())
+        distributed.check_equal(self.adapter)
+        with distributed.together():
+            if distributed.rank() == 0:
+                checkpoint.save(folder, self.adapter, self.optimizer.optimizer, self.lr_scheduler.state_dict(), random, progress)
+                checkpoint.keep_newest(self.checkpoints, 2)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter comes back together with the optimizer, in the next method."""
@@ -226,7 +285,7 @@ class GraftTrainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
-            checkpoint.restore_random(checkpoint.read(Path(checkpoint_folder)))
+            checkpoint.restore_random(checkpoint.read(Path(checkpoint_folder))["random"][distributed.rank()])
 
 
 class _Recorder(TrainerCallback):

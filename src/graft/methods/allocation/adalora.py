@@ -49,7 +49,7 @@ class AdaLoRADelta(Factored):
         return {"rank": len(self.E), "scale": self.scale}
 
     def product(self) -> tuple[Tensor, Tensor]:
-        return self.B * (self.E.T * self.scale), self.A
+        return self.B * (self.E[:, 0] * self.scale), self.A
 
 
 @dataclass(frozen=True, kw_only=True)

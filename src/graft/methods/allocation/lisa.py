@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from graft.core import optimizer_state
 from graft.core.callback import Callback, State
@@ -58,6 +59,14 @@ class BlockSampler(Callback):
         depths = sorted(self.blocks())
         generator = torch.Generator().manual_seed(self.adapter.seed + 1_000_003 * draw)
         return sorted(depths[i] for i in torch.randperm(len(depths), generator=generator)[: self.config.active_blocks].tolist())
+
+    def before_forward(self) -> None:
+        # Its reducer was built from the blocks that trained at that moment; of others each process would apply its own gradients.
+        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise GraftError(
+                "LISA unfreezes blocks that DistributedDataParallel does not know; use `graft fit`, or in your own loop "
+                "graft.training.distributed.average_gradients(adapter.parameters()) in place of the wrapper."
+            )
 
     def after_update(self, step: int) -> None:
         if (step + 1) % self.config.interval == 0:

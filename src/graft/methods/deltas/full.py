@@ -8,12 +8,13 @@ the copy takes over the base's storage: half the memory, and detaching reads the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
@@ -31,7 +32,8 @@ class Copies(nn.Module):
     def __init__(self, keep_base: bool):
         super().__init__()
         self.keep_base = keep_base
-        self.known: dict[nn.Parameter, list[nn.Parameter]] = {}  # in lists: the deltas own the copies, not this module
+        # weak, so that a base that is split over processes is not kept whole; in lists: the deltas own the copies, not this module
+        self.known: MutableMapping[Tensor, list[nn.Parameter]] = WeakTensorKeyDictionary()
 
     def of(self, base: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
         if base not in self.known:

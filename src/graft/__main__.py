@@ -1,0 +1,5 @@
+"""``python -m graft``, as launchers start it."""
+
+from graft.cli import main
+
+main()
