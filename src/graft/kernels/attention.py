@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.kernels.dropout import draw
+from graft.kernels.precision import working_dtype
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
@@ -28,7 +29,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
     """The same in one call; ``mask`` is added to the scores. A row that may attend to nothing gives not a number, as in the definition."""
-    o: Tensor = _Attention.apply(q, k, v, mask, scale, dropout)  # type: ignore[no-untyped-call]
+    dtype = working_dtype(q)
+    o: Tensor = _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask, scale, dropout)  # type: ignore[no-untyped-call]
     return o
 
 
@@ -36,10 +38,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
         groups = k.shape[0] * k.shape[1]
-        rows, keys, values = (t.reshape(groups, -1, t.shape[-1]) for t in (q, k, v))
+        rows = q.reshape(groups, q.shape[1] // k.shape[1] * q.shape[2], q.shape[3])
+        keys, values = (t.reshape(groups, *t.shape[2:]) for t in (k, v))
         scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
         if mask is not None:
-            scores.view(*q.shape[:3], -1).add_(mask)
+            scores.view(*q.shape[:3], k.shape[2]).add_(mask)
         shares = torch.softmax(scores, -1)
         kept, ctx.kept = draw(shares.shape, dropout, q.device) if dropout else (None, 1.0)
         ctx.scale, ctx.shapes = scale, (q.shape, k.shape, v.shape)
@@ -52,7 +55,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, keys, values, shares, kept, o = ctx.saved_tensors
         along = (gradient * o).sum(-1).reshape(*rows.shape[:2], 1)  # sum of shares times their gradients, without either
-        gradient = gradient.reshape(*rows.shape[:2], -1)
+        gradient = gradient.reshape(*rows.shape[:2], values.shape[-1])
         dropped = _dropped(shares, kept, ctx.kept)
         dv = torch.bmm(dropped.transpose(1, 2), gradient)
         dscores = torch.bmm(gradient, values.transpose(1, 2)).mul_(dropped).addcmul_(shares, along, value=-1).mul_(ctx.scale)

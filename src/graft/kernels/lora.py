@@ -67,7 +67,8 @@ class _LoraLinears(torch.autograd.Function):
             else:
                 y = F.linear(rows, weight, bias).addmm_(thin[:, start : start + len(A)], B.T)
                 start += len(A)
-            outputs.append(y.view(*x.shape[:-1], len(weight)))
+            # Autograd must not see a view, so that what follows may write into the output (ReLU(inplace=True)).
+            outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight))))
         ctx.save_for_backward(rows, thin, *(tensor for weight, _, A, B in maps for tensor in (weight, A, B)))
         ctx.shape, ctx.plans = x.shape, plans
         ctx.set_materialize_grads(False)  # an output that nobody used costs nothing

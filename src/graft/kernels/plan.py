@@ -10,9 +10,11 @@ d input      ``g W + (g B) A``                           merged: ``g (W + B A)``
 d A, d B     ``(g B)^T x``, ``g^T (x A^T)``              full: ``G = g^T x``, then ``B^T G`` and ``G A^T``
 ===========  ==========================================  =======================================================
 
-The thin orders win unless the rank or the number of rows is large: merging pays from ``n > in out / (in + out)`` on, if all
-products ran at one rate. They do not: a product with a short side runs far below the peak, so :class:`Rates`, measured once on
-a machine, weighs the floating-point operations. Without a measurement all rates are equal, and the choice is by operations alone.
+The thin orders win unless the rank or the number of rows is large. In a forward pass merging pays from ``n > in out / (in + out)``
+on, if all products ran at one rate; in training with thin factor gradients, which need ``x A^T`` and ``g B`` anyway, from ``n > in``
+on (output) and ``n > out`` (d input). They do not run at one rate: a product with a short side runs far below the peak, so
+:class:`Rates`, measured once on a machine, weighs the floating-point operations. Without a measurement all rates are equal, and the
+choice is by operations alone.
 Merging rounds ``W + B A`` to the dtype that computes, which swallows small updates in bf16: there, only thin orders are allowed.
 
 Source: RunLoRA (arXiv 2312.03415); lower bounds for the gradients in arXiv 2406.03136.

@@ -39,7 +39,9 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, indices, values)
-        return F.linear(x, scatter(weight, indices, values), bias)
+        y = F.linear(x, scatter(weight, indices, values), bias)
+        no_view: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # so that what follows may write into it
+        return no_view
 
     @staticmethod
     @torch.autograd.function.once_differentiable
