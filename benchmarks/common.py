@@ -106,9 +106,7 @@ def attach(
 
     if side == "ours":
         import graft
-        from graft.training.memory import keep_freed
 
-        keep_freed()
         adapter = graft.attach(base, "lora", rank=rank, alpha=2 * rank, targets=targets, modules_to_save=heads, seed=SEED)
         graft.fuse(base)
         return base, adapter.optimizer(lr=LEARNING_RATE, total_steps=steps)
@@ -169,7 +167,11 @@ def train(network: Any, optimizer: Any, data: Sequence[Mapping[str, Any]], steps
 
 def block(side: str, base: Any, data: Sequence[Mapping[str, Any]], steps: int, warmup: int, **options: Any) -> dict[str, Any]:
     """Step times after the warm-up, and the peak of the process's memory above the loaded model; ``options`` of :func:`attach`."""
+    from graft.training.memory import keep_freed
+
     before = settle(base)
+    if side == "ours":
+        keep_freed()
     network, optimizer = attach(side, base, steps=warmup + steps, **options)
     seconds, losses = train(network, optimizer, data, warmup + steps)
     return {
