@@ -209,8 +209,9 @@ def _refused(config: dict[str, Any], resume: bool = False) -> tuple[str, str]:
     raise AssertionError("the run was not refused")
 
 
-def test_two_processes_killed_and_resumed_are_never_killed(data: Path, tmp_path: Path) -> None:
-    settings = {"settings": {**METHODS["adalora"]["settings"], "dropout": 0.2}, "checkpoint_every": 2}
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_killed_and_resumed_are_never_killed(data: Path, tmp_path: Path, kind: str) -> None:
+    settings = {"settings": {**METHODS["adalora"]["settings"], "dropout": 0.2}, "checkpoint_every": 2, "shard": kind == "sharded"}
     whole, killed = (_config(data, tmp_path / name, "adalora", **settings) for name in ("whole", "killed"))
     Launch(_slowly, whole, False).results()
     launch = Launch(_slowly, killed, False)
