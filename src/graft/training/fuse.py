@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "graft"  # our name in transformers' table of attention functions
 SHORT = 512  # positions up to which attention by plain products is faster than torch's on a CPU, where either pays at all
-LOSS_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache", "return_dict"}
+LOSS_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache"}
 
 
 class Fused:
@@ -224,7 +224,8 @@ def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
     def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         head, given = model.get_output_embeddings(), {name for name, value in kwargs.items() if value is not None}
         adapted = SLOT in head._modules or head.weight.requires_grad
-        if args or "labels" not in given or not model.training or not given <= LOSS_INPUTS or adapted:
+        more = model.config.output_hidden_states or model.config.output_attentions or not model.config.return_dict
+        if args or "labels" not in given or not model.training or not given <= LOSS_INPUTS or adapted or more:
             return plain(model, *args, **kwargs)
         labels, count = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         return CausalLMOutputWithPast(loss=causal_loss(model.base_model(**kwargs).last_hidden_state, head.weight, labels, count))
