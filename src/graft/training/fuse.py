@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "graft"  # our name in transformers' table of attention functions
 SHORT = 512  # positions up to which attention by plain products is faster than torch's on a CPU, where either pays at all
+LOUD = 100.0  # the largest logit at which losses are compared
 LOSS_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache"}
 
 
@@ -97,7 +98,7 @@ def fuse(model: PreTrainedModel) -> Fused:
     if not probe.agrees(before, probe.answer()):
         fused.undo()
     loss = _loss(model)
-    if loss is not None and probe.same_loss(loss):
+    if loss is not None and probe.same_loss():
         fused.replace("loss", model, loss)
     return fused
 
@@ -270,15 +271,21 @@ class _Probe:
             before, after = before[real], after[real]
         return bool((after - before).abs().max() <= torch.finfo(before.dtype).eps ** 0.5 * before.abs().max())
 
-    def same_loss(self, forward: Callable[..., Any]) -> bool:
-        """Whether the fused loss is the model's own, as a mean and divided by a given number."""
-        inner, head = self.model.base_model, self.model.get_output_embeddings()
-        for count in (None, torch.tensor(7, device=self.labels.device)):
-            extra = {} if count is None else {"num_items_in_batch": count}
-            wanted = self._run(self.model, **self.batch, labels=self.labels, **extra).loss
-            found = causal_loss(self._run(inner, **self.batch).last_hidden_state, head.weight, self.labels, count)
-            if wanted is None or not torch.isclose(found.float(), wanted.float(), rtol=torch.finfo(head.weight.dtype).eps ** 0.5):
-                return False
+    def same_loss(self) -> bool:
+        """Whether the fused loss is the model's own, as a mean and divided by a given number, at logits as large as caps act on."""
+        head = self.model.get_output_embeddings()
+        hidden = self._run(self.model.base_model, **self.batch).last_hidden_state.detach()
+        gain = LOUD / (hidden @ head.weight.T).abs().max()
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gain,))
+        try:
+            for count in (None, torch.tensor(7, device=self.labels.device)):
+                extra = {} if count is None else {"num_items_in_batch": count}
+                wanted = self._run(self.model, **self.batch, labels=self.labels, **extra).loss
+                found = causal_loss(hidden * gain, head.weight, self.labels, count)
+                if wanted is None or not torch.isclose(found.float(), wanted.float(), rtol=torch.finfo(head.weight.dtype).eps ** 0.5):
+                    return False
+        finally:
+            hook.remove()
         return True
 
     def _run(self, module: nn.Module, **inputs: Any) -> Any:
