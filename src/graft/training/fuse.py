@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from graft.core.errors import GraftError
 from graft.core.target import SLOT
 from graft.data.encoding import IGNORED
 from graft.kernels.attention import attention
@@ -83,6 +84,8 @@ def fuse(model: PreTrainedModel) -> Fused:
     (they are never formed); without labels, or in eval mode, it answers as always. The fused parts must be frozen: a norm or head whose
     weight asks for a gradient runs as it did. A module that an adapter, another library or an earlier call answers for is left alone.
     """
+    if model.config.is_encoder_decoder or "input_ids" not in inspect.signature(model.forward).parameters:
+        raise GraftError(f"{type(model).__name__} does not run on token ids alone, so what was fused could not be compared; use it as it is.")
     fused = Fused(model)
     probe = _Probe(model)
     before = probe.answer()
@@ -262,8 +265,9 @@ class _Probe:
         self.labels[0, :3] = IGNORED
 
     def answer(self) -> Tensor:
-        """The logits at real tokens, in eval mode, with gradients enabled so that every part takes the way it takes in training."""
-        return self._run(self.model, **self.batch).logits.detach()
+        """The first output (logits), in eval mode, with gradients enabled so that every part takes the way it takes in training."""
+        output: Tensor = self._run(self.model, **self.batch)[0]
+        return output.detach()
 
     def agrees(self, before: Tensor, after: Tensor) -> bool:
         if before.shape[:2] == self.batch["input_ids"].shape:
