@@ -228,7 +228,7 @@ def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
     def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         head, given = model.get_output_embeddings(), {name for name, value in kwargs.items() if value is not None}
         adapted = SLOT in head._modules or head.weight.requires_grad
-        more = model.config.output_hidden_states or model.config.output_attentions or not model.config.return_dict
+        more = model.config.output_hidden_states or model.config.output_attentions
         if args or "labels" not in given or not model.training or not given <= LOSS_INPUTS or adapted or more:
             return plain(model, *args, **kwargs)
         labels, count = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
