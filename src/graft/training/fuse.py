@@ -11,7 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from graft.core.errors import GraftError
 from graft.core.target import SLOT
 from graft.data.encoding import IGNORED
 from graft.kernels.attention import attention
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 ATTENTION = "graft"  # our name in transformers' table of attention functions
 SHORT = 512  # positions up to which attention by plain products is faster than torch's on a CPU, where either pays at all
-LOSS_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache", "return_dict"}
+LOUD = 100.0  # the largest logit at which losses are compared
+LOSS_INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache"}
 
 
 class Fused:
@@ -44,13 +46,14 @@ class Fused:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.parts: Counter[str] = Counter()
-        self._replaced: list[tuple[nn.Module, Any, Any]] = []  # (module, the forward of its own it had, if any, the one it has now)
+        self._replaced: list[tuple[nn.Module, MethodType]] = []  # each with the forward it has now
         self._attention: str | None = None
 
     def replace(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Lets ``forward`` answer for ``module``."""
-        self._replaced.append((module, module.__dict__.get("forward"), forward))
-        module.forward = forward
+        """Lets ``forward(module, ...)`` answer for ``module``; bound to it, so that a deep copy answers for itself."""
+        bound = MethodType(forward, module)
+        self._replaced.append((module, bound))
+        module.forward = bound
         self.parts[kind] += 1
 
     def use_attention(self) -> None:
@@ -63,15 +66,12 @@ class Fused:
 
     def undo(self) -> None:
         """Gives every module its own ``forward`` back."""
-        for module, before, now in reversed(self._replaced):
+        for module, ours in self._replaced:
             slot = module._modules.get(SLOT)
-            if module.__dict__.get("forward") is now:
+            if module.__dict__.get("forward") is ours:
                 del module.__dict__["forward"]
-                if before is not None:
-                    module.__dict__["forward"] = before
             elif slot is not None:  # an adapter was attached meanwhile: it runs the module's own again
-                slot.base = before or type(module).forward.__get__(module)
-                slot.replaced = before
+                slot.base, slot.replaced = type(module).forward.__get__(module), None
         if self._attention is not None:
             self.model.config._attn_implementation = self._attention
         self._replaced, self._attention, self.parts = [], None, Counter()
@@ -82,13 +82,15 @@ def fuse(model: PreTrainedModel) -> Fused:
 
     Dropout draws other random numbers than torch's. While training, a causal model that is given labels returns its loss and no logits
     (they are never formed); without labels, or in eval mode, it answers as always. The fused parts must be frozen: a norm or head whose
-    weight asks for a gradient runs as it did.
+    weight asks for a gradient runs as it did. A module that an adapter, another library or an earlier call answers for is left alone.
     """
+    if model.config.is_encoder_decoder or "input_ids" not in inspect.signature(model.forward).parameters:
+        raise GraftError(f"{type(model).__name__} does not run on token ids alone, so what was fused could not be compared; use it as it is.")
     fused = Fused(model)
     probe = _Probe(model)
     before = probe.answer()
     for module in model.modules():
-        if SLOT in module._modules:
+        if "forward" in module.__dict__:
             continue
         for kind, make in (("norm", _norm), ("gated MLP", _gated), ("rotary", _rotary), ("dropout", _dropout)):
             forward = make(module)
@@ -99,7 +101,7 @@ def fuse(model: PreTrainedModel) -> Fused:
     if not probe.agrees(before, probe.answer()):
         fused.undo()
     loss = _loss(model)
-    if loss is not None and probe.same_loss(loss):
+    if loss is not None and probe.same_loss():
         fused.replace("loss", model, loss)
     return fused
 
@@ -124,10 +126,14 @@ def _norm(module: nn.Module) -> Callable[..., Any] | None:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or eps is None or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
         return None
-    x, plain = _random(3, len(weight), like=weight), module.forward
-    if not _close(rms_norm(x, weight, eps), plain(x)):
+    x, plain = _random(3, len(weight), like=weight), type(module).forward
+    if not _close(rms_norm(x, weight, eps), module.forward(x)):
         return None
-    return lambda x: plain(x) if module.weight.requires_grad else rms_norm(x, module.weight, eps)  # type: ignore[arg-type]
+
+    def forward(module: Any, x: Tensor) -> Any:
+        return plain(module, x) if module.weight.requires_grad else rms_norm(x, module.weight, eps)
+
+    return forward
 
 
 @torch.no_grad()
@@ -138,14 +144,13 @@ def _gated(module: nn.Module) -> Callable[..., Any] | None:
         return None
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return None
-    opened, up, down = parts
 
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = down(gate(act, opened(x), up(x)))  # type: ignore[misc]
+    def forward(module: Any, x: Tensor) -> Tensor:
+        y: Tensor = module.down_proj(gate(module.act_fn, module.gate_proj(x), module.up_proj(x)))
         return y
 
-    x = _random(3, opened.in_features, like=opened.weight)  # type: ignore[union-attr, arg-type]
-    return forward if _close(forward(x), module.forward(x)) else None
+    x = _random(3, parts[0].in_features, like=parts[0].weight)  # type: ignore[union-attr, arg-type]
+    return forward if _close(forward(module, x), module.forward(x)) else None
 
 
 def _rotary(module: nn.Module) -> Callable[..., Any] | None:
@@ -166,7 +171,7 @@ def _rotary(module: nn.Module) -> Callable[..., Any] | None:
     names = {**forward.__globals__, "apply_rotary_pos_emb": rotated}
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
-    return ours.__get__(module)
+    return ours
 
 
 @torch.no_grad()
@@ -184,12 +189,11 @@ def _rotates(plain: Callable[..., Any]) -> bool:
 def _dropout(module: nn.Module) -> Callable[..., Any] | None:
     if type(module) is not nn.Dropout or module.inplace or round(module.p * STEPS) == STEPS:
         return None
-    plain = module.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(module: nn.Dropout, x: Tensor) -> Tensor:
         if module.training and module.p > 0 and x.device.type == "cpu":
             return dropout(x, module.p)
-        return plain(x)
+        return nn.Dropout.forward(module, x)
 
     return forward
 
@@ -214,18 +218,19 @@ def _attention(
 
 def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model:
+    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model or "forward" in model.__dict__:
         return None
-    if "labels" not in inspect.signature(model.forward).parameters:
+    plain = type(model).forward
+    if not {"labels", "kwargs"} <= inspect.signature(plain).parameters.keys():
         return None
-    plain = model.forward
 
-    @wraps(plain)  # the signature tells a trainer what it may pass
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = {name for name, value in kwargs.items() if value is not None}
+    @wraps(plain)  # the signature is asked for, by the Trainer and by graft.data.batching.packs
+    def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        head, given = model.get_output_embeddings(), {name for name, value in kwargs.items() if value is not None}
         adapted = SLOT in head._modules or head.weight.requires_grad
-        if args or "labels" not in given or not model.training or not given <= LOSS_INPUTS or adapted:
-            return plain(*args, **kwargs)
+        more = model.config.output_hidden_states or model.config.output_attentions
+        if args or "labels" not in given or not model.training or not given <= LOSS_INPUTS or adapted or more:
+            return plain(model, *args, **kwargs)
         labels, count = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         return CausalLMOutputWithPast(loss=causal_loss(model.base_model(**kwargs).last_hidden_state, head.weight, labels, count))
 
@@ -260,8 +265,9 @@ class _Probe:
         self.labels[0, :3] = IGNORED
 
     def answer(self) -> Tensor:
-        """The logits at real tokens, in eval mode, with gradients enabled so that every part takes the way it takes in training."""
-        return self._run(self.model, **self.batch).logits.detach()
+        """The first output (logits), in eval mode, with gradients enabled so that every part takes the way it takes in training."""
+        output: Tensor = self._run(self.model, **self.batch)[0]
+        return output.detach()
 
     def agrees(self, before: Tensor, after: Tensor) -> bool:
         if before.shape[:2] == self.batch["input_ids"].shape:
@@ -269,15 +275,21 @@ class _Probe:
             before, after = before[real], after[real]
         return bool((after - before).abs().max() <= torch.finfo(before.dtype).eps ** 0.5 * before.abs().max())
 
-    def same_loss(self, forward: Callable[..., Any]) -> bool:
-        """Whether the fused loss is the model's own, as a mean and divided by a given number."""
-        inner, head = self.model.base_model, self.model.get_output_embeddings()
-        for count in (None, torch.tensor(7, device=self.labels.device)):
-            extra = {} if count is None else {"num_items_in_batch": count}
-            wanted = self._run(self.model, **self.batch, labels=self.labels, **extra).loss
-            found = causal_loss(self._run(inner, **self.batch).last_hidden_state, head.weight, self.labels, count)
-            if wanted is None or not torch.isclose(found.float(), wanted.float(), rtol=torch.finfo(head.weight.dtype).eps ** 0.5):
-                return False
+    def same_loss(self) -> bool:
+        """Whether the fused loss is the model's own, as a mean and divided by a given number, at logits as large as caps act on."""
+        head = self.model.get_output_embeddings()
+        hidden = self._run(self.model.base_model, **self.batch).last_hidden_state.detach()
+        gain = LOUD / (hidden @ head.weight.T).abs().max()
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gain,))
+        try:
+            for count in (None, torch.tensor(7, device=self.labels.device)):
+                extra = {} if count is None else {"num_items_in_batch": count}
+                wanted = self._run(self.model, **self.batch, labels=self.labels, **extra).loss
+                found = causal_loss(hidden * gain, head.weight, self.labels, count)
+                if wanted is None or not torch.isclose(found.float(), wanted.float(), rtol=torch.finfo(head.weight.dtype).eps ** 0.5):
+                    return False
+        finally:
+            hook.remove()
         return True
 
     def _run(self, module: nn.Module, **inputs: Any) -> Any:
