@@ -192,7 +192,9 @@ def share_inputs(targets: Iterable[Target]) -> None:
 
 
 def rounding_loss(base: Tensor, exact: Tensor, stored: Tensor) -> float:
-    """The share of an update that storing it lost: ``||stored - exact|| / ||exact - base||``; 0 where nothing changed."""
+    """The share of an update that storing it lost: ``||stored - exact|| / ||exact - base||``; 0 where nothing changed or was rounded."""
+    if stored.dtype == exact.dtype:
+        return 0.0
     change = (exact - base).norm()
     return float((stored.to(exact.dtype) - exact).norm() / change) if change > 0 else 0.0
 
