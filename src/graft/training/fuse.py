@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -209,11 +209,22 @@ def _attention(
         return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[return-value]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal and q.shape[2] > 1:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        mask = _causal(q.shape[2], k.shape[2], q.dtype)
+    elif mask is not None and mask.dtype == torch.bool:
+        mask = _added(mask, q.dtype)
     y = attention(q, k, v, mask, q.shape[-1] ** -0.5 if scaling is None else scaling, dropout)
     return y.transpose(1, 2), None
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to the scores, from one that is True where attention is allowed."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+@lru_cache(maxsize=4)
+def _causal(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The same in every layer of a step."""
+    return _added(torch.ones(rows, columns, dtype=torch.bool).tril(), dtype)
 
 
 def _loss(model: PreTrainedModel) -> Callable[..., Any] | None:
