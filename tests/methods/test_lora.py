@@ -180,7 +180,7 @@ def by_hand(ratio: float, lr: float, decay: float = 0.0, steps: int = 4) -> list
     groups = [{"params": [p.A for p in pairs], "lr": lr}, {"params": [p.B for p in pairs], "lr": lr * ratio}]
     if ratio == 1:
         groups = [{"params": adapter.parameters(), "lr": lr}]
-    tiny.train(model, torch.optim.AdamW(groups, weight_decay=decay), tiny.causal_batches(), steps)
+    tiny.train(model, torch.optim.AdamW(groups, weight_decay=decay, fused=True), tiny.causal_batches(), steps)
     return [p.detach().clone() for p in adapter.parameters()]
 
 
