@@ -33,8 +33,9 @@ from common import LABELS, RANK, SEED, SIDES, compare, compare_blocks, in_proces
 LENGTH, BATCHES = 128, 16
 UPDATES, TAIL, CURVE_RATE = 50, 10, 1e-3  # of the loss curves: updates, those at the end that are averaged, learning rate
 SEEDS = (0, 1, 2)
-# Largest difference that counts as equal: of outputs relative to the largest output, of losses absolute. bf16 keeps 8 bits.
-TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
+# Largest difference that counts as equal: of outputs, relative to the largest and in fp32, and of losses. A bf16 model may be as far from
+# the same weights computed in fp32 as the base itself is, and half as much again: other orders of rounding.
+OUTPUT_TOLERANCE, TOLERANCES = 1e-5, {"float32": 1e-4, "bfloat16": 5e-2}
 # Of exact loss curves, at every update. Other orders of the same sums differ by 1e-7, which training amplifies; a wrong scale or gradient
 # shows in the second loss already.
 CURVE_TOLERANCE = 1e-3
@@ -217,7 +218,8 @@ def check(case: str, dtype: str, steps: int) -> dict[str, Any]:
 
     base, data = load(case, dtype)
     with torch.no_grad():
-        expected = base(**data[0]).logits.float()
+        expected = load(case, dtype)[0].float()(**data[0]).logits  # the same weights, computed in fp32
+        rounding = float((base(**data[0]).logits - expected).abs().max() / expected.abs().max())
     networks, optimizers = {}, {}
     for side, model in zip(SIDES, (base, load(case, dtype)[0]), strict=True):
         networks[side], optimizers[side] = attach(side, model, case, steps)
@@ -236,12 +238,12 @@ def check(case: str, dtype: str, steps: int) -> dict[str, Any]:
         common.start_from(network, SEED, std=0.05)  # from B = 0 a wrong scale would hardly show in the first losses
         losses[side] = common.train(network, optimizers[side], data, steps)[1]
     difference = loss_difference(losses["ours"], losses["peft"])
-    output_tolerance, loss_tolerance = TOLERANCES[dtype]
+    allowed = max(1.5 * rounding, OUTPUT_TOLERANCE)
     wrong = []
     if counts["ours"] != counts["peft"]:
         wrong.append(f"ours trains {counts['ours']:,} parameters and PEFT {counts['peft']:,}")
-    wrong += [f"the outputs of {side} at the start differ from the base's by {d:.1e}" for side, d in start.items() if not d <= output_tolerance]
-    if not difference <= loss_tolerance:
+    wrong += [f"the outputs of {side} at the start are {d:.1e} off, and {allowed:.1e} is allowed" for side, d in start.items() if not d <= allowed]
+    if not difference <= TOLERANCES[dtype]:
         wrong.append(f"from equal weights the losses differ by {difference:.1e}")
     return {
         "parameters": counts, "dtypes": dtypes, "output_difference": start, "losses": losses, "loss_difference": difference, "wrong": wrong,
@@ -387,8 +389,8 @@ difference, of a few hundred numbers: beside a bf16 base MiniLM's head (`modules
 
 {table(checks, equal)}
 
-Labels are the positions of a batch that have a loss. The start is the largest difference of the logits to the base model's in eval mode,
-over the largest logit. Losses are compared over four steps from equal adapter weights, with random B and dropout off.
+Labels are the positions of a batch that have a loss. The start is the largest difference of the logits, in eval mode, to the base model's
+computed in fp32, over the largest logit. Losses are compared over four steps from equal adapter weights, with random B and dropout off.
 
 ## Equal learning
 
