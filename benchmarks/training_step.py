@@ -32,7 +32,7 @@ from common import LABELS, RANK, SEED, SIDES, compare, compare_blocks, in_proces
 
 LENGTH, BATCHES = 128, 16
 UPDATES, TAIL, CURVE_RATE = 50, 10, 1e-3  # of the loss curves: updates, those at the end that are averaged, learning rate
-SEEDS = (0, 1, 2)
+SEEDS = 3  # of noisy loss curves
 # Largest difference that counts as equal: of outputs, relative to the largest and in fp32, and of losses. A bf16 model may be as far from
 # the same weights computed in fp32 as the base itself is, and half as much again: other orders of rounding.
 OUTPUT_TOLERANCE, TOLERANCES = 1e-5, {"float32": 1e-4, "bfloat16": 5e-2}
@@ -281,11 +281,11 @@ def head(base: Any, data: Sequence[Mapping[str, Any]]) -> Map | None:
 # ---- the whole run --------------------------------------------------------------------------------------------------------
 
 
-def curve_runs(case: str, dtype: str) -> list[tuple[str, int]]:
+def curve_runs(case: str, dtype: str, seeds: int) -> list[tuple[str, int]]:
     """Side and seed of the loss curves of a case. PEFT's seeds tell its noise; ours has as many as dropout makes necessary."""
     if not CASES[case].dropout and dtype == "float32":
-        return [(side, SEEDS[0]) for side in SIDES]
-    return [*(("ours", seed) for seed in (SEEDS if CASES[case].dropout else SEEDS[:1])), *(("peft", seed) for seed in SEEDS)]
+        return [(side, SEED) for side in SIDES]
+    return [*(("ours", seed) for seed in range(seeds if CASES[case].dropout else 1)), *(("peft", seed) for seed in range(seeds))]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     steps = {case: options.steps or CASES[case].steps for case in options.cases}
     units = {case: 1 if CASES[case].model == "minilm" else 4 for case in options.cases}  # a step of SmolLM2 takes about as long as four
     total = sum(
-        units[case] * (options.updates * len(curve_runs(case, dtype)) + options.pairs * 2 * (steps[case] + CASES[case].warmup))
+        units[case] * (options.updates * len(curve_runs(case, dtype, options.seeds)) + options.pairs * 2 * (steps[case] + CASES[case].warmup))
         for case, dtype in wanted
     )
     cases = []
@@ -304,7 +304,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             show(f"{case} {dtype}: equal work?")
             one["check"] = in_process(__file__, "check", case=case, dtype=dtype, steps=4)
             curves: dict[str, dict[int, list[float]]] = {side: {} for side in SIDES}
-            for side, seed in curve_runs(case, dtype):
+            for side, seed in curve_runs(case, dtype, options.seeds):
                 show(f"{case} {dtype}: loss curve, {side}")
                 curves[side][seed] = in_process(__file__, "curve", side=side, case=case, dtype=dtype, seed=seed, updates=options.updates)
                 show(f"{case} {dtype}", units[case] * options.updates)
@@ -400,7 +400,8 @@ Mean losses of {report["updates"]} updates over {BATCHES} batches at learning ra
 
 In fp32 without dropout the losses agree at every update to {CURVE_TOLERANCE:g}. Elsewhere rounding or other random numbers in dropout part the
 curves: there the mean of the last {TAIL} losses, over the seeds that both sides have, must differ by less than PEFT's own from seed to seed
-(highest less lowest). A case that fails is not reported. The curves are in training_step.json, and in training_step_loss.png.
+(highest less lowest). With dropout and 3 seeds, two sides that learn alike fail that in one case of seven, with 5 in one of fifty
+(`--seeds`), by simulation of normal noise. A case that fails is not reported. The curves are in training_step.json, and in training_step_loss.png.
 
 {common.conditions_text(report)}- measured steps in a block: {steps}
 """
@@ -429,6 +430,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=positive, default=4, help="pairs of blocks for each case (even: neither side is first more often)")
     parser.add_argument("--steps", type=positive, help="measured steps in a block (default: 6 for SmolLM2, 24 for MiniLM)")
     parser.add_argument("--updates", type=positive, default=UPDATES, help="length of the loss curves (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help="of loss curves that are not exact (default: %(default)s)")
     options = common.options_of(parser, {"check": check, "measure": measure, "floor": floor, "curve": curve})
     report = run(options)
     common.write(options.output, "training_step", report, markdown(report))

@@ -142,6 +142,13 @@ def test_noisy_curves_agree_within_the_noise_of_peft() -> None:
     assert bench.judge_curves({0: peft[0]}, same, exact=False)["wrong"] == []
 
 
+def test_seeds_of_the_loss_curves() -> None:
+    ours, peft = "ours", "peft"
+    assert bench.curve_runs("smollm2-text", "float32", 3) == [(ours, 0), (peft, 0)]
+    assert bench.curve_runs("smollm2-text", "bfloat16", 2) == [(ours, 0), (peft, 0), (peft, 1)]
+    assert bench.curve_runs("minilm", "float32", 2) == [(ours, 0), (ours, 1), (peft, 0), (peft, 1)]
+
+
 def test_a_loss_that_does_not_fall_says_nothing() -> None:
     flat = [2.0] * 50
     assert "does not fall" in bench.judge_curves({0: flat}, {0: flat}, exact=True)["wrong"][0]
@@ -168,7 +175,16 @@ def found_by_processes(wrong: list[str], losses: list[float]) -> Any:
 
 def report(monkeypatch: pytest.MonkeyPatch, wrong: list[str], losses: list[float]) -> dict[str, Any]:
     monkeypatch.setattr(bench, "in_process", found_by_processes(wrong, losses))
-    options = {"cases": ["smollm2-text"], "dtypes": ["float32"], "pairs": 2, "steps": 1, "updates": 50, "no_verify": True, "output": Path()}
+    options = {
+        "cases": ["smollm2-text"],
+        "dtypes": ["float32"],
+        "pairs": 2,
+        "steps": 1,
+        "updates": 50,
+        "seeds": 3,
+        "no_verify": True,
+        "output": Path(),
+    }
     return bench.run(argparse.Namespace(**options))
 
 
@@ -178,7 +194,7 @@ def test_a_run_measures_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     page = bench.markdown(found)
     assert "0.50 (0.50 to 0.50), goal 0.55: met" in page
     assert "1.00 (1.00 to 1.00), goal 0.5: **missed**" in page
-    assert "--cases smollm2-text --dtypes float32 --pairs 2 --steps 1 --updates 50 --no-verify`" in page
+    assert "--cases smollm2-text --dtypes float32 --pairs 2 --steps 1 --updates 50 --seeds 3 --no-verify`" in page
 
 
 @pytest.mark.parametrize(("wrong", "losses"), [(["too few parameters"], falling(0.01, 2.0)), ([], falling(0.01, 1.5))])
