@@ -86,10 +86,6 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
 
     if config.shard:
         distributed.shard(model, adapter)
-    with distributed.together():
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
     record = _Recorder(folder / METRICS, progress)
     trainer = GraftTrainer(
         model=model, args=_arguments(config), train_dataset=encoded, data_collator=collate, optimizers=(optimizer, None),
@@ -98,6 +94,10 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     trainer.adapter, trainer.checkpoints, trainer.order_seed = adapter, folder / CHECKPOINTS, config.seed
     trainer.remove_callback(transformers.PrinterCallback)
     distributed.synchronise(adapter)
+    with distributed.together():
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # the bound hooks hide the first call
@@ -109,8 +109,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     with distributed.together():
         if first:
             run = _finish(config, adapter, table, encoded, record, sum(tokens), max(memory))
-    run = distributed.gather(run)[0]
-    return run
+    result: dict[str, Any] = distributed.gather(run)[0]
+    return result
 
 
 def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded, record: _Recorder, tokens: int, memory: int) -> dict[str, Any]:
