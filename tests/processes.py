@@ -36,7 +36,7 @@ class Launch:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def results(self, timeout: float = 240) -> list[Any]:
+    def results(self, timeout: float = 600) -> list[Any]:
         """What each process returned; the first exception that reached the top fails the test."""
         results: dict[int, Any] = {}
         try:

@@ -7,10 +7,10 @@ import gc
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -196,8 +196,17 @@ def test_a_classifier_accumulates_as_one_large_batch(data: Path, tmp_path: Path)
 # ---- killed and resumed ----------------------------------------------------------------------------------------------------
 
 
-def _slowly(config: dict[str, Any], resume: bool) -> None:
-    fit(FitConfig.make(config), resume=resume, progress=lambda *_: time.sleep(0.06))
+def _run(config: dict[str, Any], resume: bool = False, dies_after: int | None = None) -> None:
+    """A run in which the second process is killed when ``dies_after`` updates are done."""
+    step = fitting.GraftTrainer.training_step
+
+    def fall(self: fitting.GraftTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        if distributed.rank() == 1 and self.state.global_step == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    fitting.GraftTrainer.training_step = fall  # type: ignore[method-assign]
+    fit(FitConfig.make(config), resume=resume)
 
 
 def _refused(config: dict[str, Any], resume: bool = False) -> tuple[str, str]:
@@ -211,21 +220,18 @@ def _refused(config: dict[str, Any], resume: bool = False) -> tuple[str, str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_killed_and_resumed_are_never_killed(data: Path, tmp_path: Path, kind: str) -> None:
-    settings = {"settings": {**METHODS["adalora"]["settings"], "dropout": 0.2}, "checkpoint_every": 2, "shard": kind == "sharded"}
+    settings = {"settings": {**METHODS["adalora"]["settings"], "dropout": 0.2}, "checkpoint_every": 4, "shard": kind == "sharded"}
     whole, killed = (_config(data, tmp_path / name, "adalora", **settings) for name in ("whole", "killed"))
-    Launch(_slowly, whole, False).results()
-    launch = Launch(_slowly, killed, False)
-    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 60
-    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
-        time.sleep(0.01)
-    launch.processes[1].kill()
-    launch.processes[0].join(30)
-    assert not launch.processes[0].is_alive(), "the first process waits for one that has gone"
+    Launch(_run, whole).results()
+    launch = Launch(_run, killed, False, 6)
+    for process in reversed(launch.processes):
+        process.join(120)
+        assert not process.is_alive(), "a process waits for one that has gone"
     launch.kill()
-    assert len(metrics.read_text().splitlines()) < STEPS
+    assert len(_lines(tmp_path / "killed")) == 6  # two more than the checkpoint
     with pytest.raises(GraftError, match=r"holds a run of 2 processes, and there are 1 now; resume it with as many"):
         fit(FitConfig.make(killed), resume=True)
-    Launch(_slowly, killed, True).results()
+    Launch(_run, killed, True).results()
     expected, seen = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     for name, value in expected.items():
         assert torch.equal(value, seen[name]), name
@@ -257,7 +263,7 @@ def _errors(data: Path, folder: Path) -> dict[str, Any]:
 
     fitting.GraftTrainer.training_step = diverge  # type: ignore[method-assign]
     seen["diverged"] = _refused(_config(data, folder / "diverged", "lora", checkpoint_every=100))
-    seen["diverged early"] = _refused(_config(data, folder / "early", "lora", checkpoint_every=5))
+    seen["diverged early"] = _refused(_config(data, folder / "diverged early", "lora", checkpoint_every=5))
     return seen
 
 
@@ -288,12 +294,13 @@ def test_an_error_reaches_every_process_and_is_told_once(refusals: Any, case: st
     with pytest.raises(GraftError, match=message):
         raise GraftError(sentences[0])
     assert not (folder / case / "adapter_model.safetensors").exists()
-    assert not list(folder.glob(f"{case.split()[-1]}/checkpoints/*"))
+    assert not list(folder.glob(f"{case}/checkpoints/*"))
+    assert (folder / case / "run.json").exists() == case.startswith("diverged")  # the others fail before anything is written
 
 
 def test_a_divergence_is_found_at_the_next_checkpoint(refusals: Any) -> None:
     folder, _ = refusals
-    assert len(_lines(folder / "early")) == 5
+    assert len(_lines(folder / "diverged early")) == 5
     assert len(_lines(folder / "diverged")) == STEPS
 
 

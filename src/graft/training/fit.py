@@ -95,10 +95,6 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
 
     if config.shard:
         distributed.shard(model, adapter)
-    with distributed.together():
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
     record = _Recorder(folder / METRICS, progress)
     trainer = GraftTrainer(
         model=model, args=_arguments(config), train_dataset=encoded, optimizers=(optimizer, None), callbacks=[record] if first else [],
@@ -108,6 +104,10 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     trainer.adapter, trainer.config, trainer.fused = adapter, config, fused
     trainer.remove_callback(transformers.PrinterCallback)
     distributed.synchronise(adapter)
+    with distributed.together():
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # the bound hooks hide the first call
@@ -121,8 +121,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
             speed = {"tokens_per_second": sum(tokens) / max(sum(record.seconds), 1e-9), "peak_memory_bytes": max(memory)}
             speed |= {"packed": pack, "fused": dict(fused.parts) if fused else {}}
             run = _finish(config, adapter, table, encoded, record, speed)
-    run = distributed.gather(run)[0]
-    return run
+    result: dict[str, Any] = distributed.gather(run)[0]
+    return result
 
 
 def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded, record: _Recorder, speed: dict[str, Any]) -> dict[str, Any]:
