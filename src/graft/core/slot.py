@@ -68,7 +68,7 @@ class Slot(nn.Module):
             return 0.0
         with torch.no_grad():
             weight, bias = self.adapted(names)
-            baked = self.target.clone_module().requires_grad_(False)
+            baked = self.target.clone_module(weight=False).requires_grad_(False)
             stored = self.target.view(baked.weight)  # type: ignore[arg-type]
             stored.copy_(weight)
             if bias is not None:

@@ -170,14 +170,16 @@ class Target:
             return F.one_hot(x.reshape(-1), self.shape[1]).to(self.dtype)
         return x.reshape(-1, x.shape[-1])
 
-    def clone_module(self) -> nn.Module:
-        """A free-standing trainable copy of the module: own parameters, no deltas, no hooks."""
+    def clone_module(self, weight: bool = True) -> nn.Module:
+        """A free-standing trainable copy of the module: own parameters, no deltas, no hooks; with ``weight=False`` that one is not filled."""
         clone = copy.copy(self.module)
         clone.__dict__.pop("forward", None)
         clone._modules = {}
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             setattr(clone, hooks, OrderedDict())
-        clone._parameters = {name: None if value is None else nn.Parameter(value.detach().clone()) for name, value in self.module._parameters.items()}
+        own = {name: value.detach() for name, value in self.module._parameters.items() if value is not None}
+        copies = {name: value.clone() if weight or name != "weight" else torch.empty_like(value) for name, value in own.items()}
+        clone._parameters = {name: nn.Parameter(copies[name]) if name in copies else None for name in self.module._parameters}
         clone._buffers = {name: None if value is None else value.clone() for name, value in self.module._buffers.items()}
         return clone
 

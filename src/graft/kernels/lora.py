@@ -2,8 +2,8 @@
 
 ``y_j = x W_j^T + b_j + (x A_j^T) B_j^T``      x [..., in], W_j [out_j, in], b_j [out_j], A_j [r_j, in], B_j [out_j, r_j]  (scale folded into B)
 
-Against base + branch: the branch is added into the base product (``addmm``), inputs are flattened once, nothing but x and the
-thin ``x A^T`` is kept for the backward pass, and no gradient of W exists. Against one call a map (q, k, v; gate, up): the A_j are
+Against base + branch: the branch is added into the base product (``addmm``), inputs are flattened once, nothing but x (or what it
+can be formed from again, ``kernels/recompute.py``) and the thin ``x A^T`` is kept for the backward pass, and no gradient of W exists. Against one call a map (q, k, v; gate, up): the A_j are
 stacked into one projection, and the gradient of x is summed in place. The order of the products is that of ``kernels/plan.py``.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graft.kernels import plan
 from graft.kernels.precision import working_dtype
+from graft.kernels.recompute import Source, source_of
 
 
 class LowRankMap(NamedTuple):
@@ -43,7 +44,8 @@ def lora_linears(x: Tensor, maps: Sequence[LowRankMap]) -> tuple[Tensor, ...]:
     """:func:`lora_linear` of each map on one x, together."""
     dtype = working_dtype(x)
     tensors = [None if tensor is None else tensor.to(dtype) for each in maps for tensor in each]
-    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x.to(dtype), *tensors)  # type: ignore[no-untyped-call]
+    source = source_of(x) if x.dtype == dtype else None
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(source, x.to(dtype), *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -54,7 +56,7 @@ def _plan(rows: Tensor, each: LowRankMap) -> plan.Plan:
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, source: Source | None, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         maps = [LowRankMap(*tensors[start : start + 4]) for start in range(0, len(tensors), 4)]  # type: ignore[arg-type]
         rows = x.reshape(-1, x.shape[-1])
         plans = [_plan(rows, each) for each in maps]
@@ -69,7 +71,8 @@ class _LoraLinears(torch.autograd.Function):
                 start += len(A)
             # Autograd must not see a view, so that what follows may write into the output (ReLU(inplace=True)).
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight))))
-        ctx.save_for_backward(rows, thin, *(tensor for weight, _, A, B in maps for tensor in (weight, A, B)))
+        ctx.form, kept = (None, (rows,)) if source is None else (source.form, source.tensors)
+        ctx.save_for_backward(thin, *(tensor for weight, _, A, B in maps for tensor in (weight, A, B)), *kept)
         ctx.shape, ctx.plans = x.shape, plans
         ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
         return tuple(outputs)
@@ -77,7 +80,9 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, thin, *tensors = ctx.saved_tensors
+        thin, *tensors = ctx.saved_tensors
+        kept = tensors[3 * len(ctx.plans) :]
+        rows = kept[0] if ctx.form is None else ctx.form(*kept).reshape(-1, ctx.shape[-1])
         dx: Tensor | None = None
         found: list[Tensor | None] = []
         backs: list[tuple[Tensor, Tensor]] = []  # (g B, A) whose products are still to be added to dx
@@ -90,7 +95,7 @@ class _LoraLinears(torch.autograd.Function):
                 found += [None] * 4
                 continue
             gradient = gradient.reshape(-1, gradient.shape[-1])
-            wants_x, (wants_A, wants_B) = ctx.needs_input_grad[0], ctx.needs_input_grad[4 * index + 3 : 4 * index + 5]
+            wants_x, (wants_A, wants_B) = ctx.needs_input_grad[1], ctx.needs_input_grad[4 * index + 4 : 4 * index + 6]
             back = None
             if (wants_x and not chosen.merged_input_gradient) or (wants_A and not chosen.full_gradient):
                 back = gradient @ B  # [n, r]
@@ -113,7 +118,7 @@ class _LoraLinears(torch.autograd.Function):
             if backs:
                 dx = dx.addmm_(torch.cat([back for back, _ in backs], 1) if len(backs) > 1 else backs[0][0], _stack([A for _, A in backs]))
             dx = dx.view(ctx.shape)
-        return dx, *found
+        return None, dx, *found
 
 
 def _stack(factors: Sequence[Tensor]) -> Tensor:
