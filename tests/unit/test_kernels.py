@@ -715,3 +715,25 @@ def test_dropout_of_a_transposed_tensor_with_an_expanded_gradient() -> None:
     y = dropout(x, 0.5)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx * x, y, **EXACT)
+
+
+def test_a_gated_input_is_formed_again_instead_of_kept() -> None:
+    """What a fused map reads from a gate is not kept, unless it was written to since; the gradients are autograd's either way."""
+    g, u = (torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (1, 2))
+    _, W, b, A, B = inputs("lora", (3, 4), 5, 7, 2)
+    for act in (torch.nn.SiLU(), torch.nn.GELU()):
+        for written in (False, True):
+            kept: list[Tensor] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+                h = gate(act, g, u)
+                if written:
+                    h.mul_(2)
+                y = lora_linear(h, W, b, A, B)
+            assert (h.data_ptr() in {t.data_ptr() for t in kept}) == written
+            definition = lora_linear_reference(act(g) * u * (2 if written else 1), W, b, A, B)
+            trained = [g, u, A, B]
+            probe = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape)
+            for seen, wanted in zip(
+                torch.autograd.grad((y * probe).sum(), trained), torch.autograd.grad((definition * probe).sum(), trained), strict=True
+            ):
+                torch.testing.assert_close(seen, wanted)

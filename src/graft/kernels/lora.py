@@ -2,9 +2,10 @@
 
 ``y_j = x W_j^T + b_j + (x A_j^T) B_j^T``      x [..., in], W_j [out_j, in], b_j [out_j], A_j [r_j, in], B_j [out_j, r_j]  (scale folded into B)
 
-Against base + branch: the branch is added into the base product (``addmm``), inputs are flattened once, nothing but x (or what it
-can be formed from again, ``kernels/recompute.py``) and the thin ``x A^T`` is kept for the backward pass, and no gradient of W exists. Against one call a map (q, k, v; gate, up): the A_j are
-stacked into one projection, and the gradient of x is summed in place. The order of the products is that of ``kernels/plan.py``.
+Against base + branch: the branch is added into the base product (``addmm``), inputs are flattened once, nothing but x (or what it can be
+formed from again, ``kernels/recompute.py``) and the thin ``x A^T`` is kept for the backward pass, and no gradient of W exists. Against one
+call a map (q, k, v; gate, up): the A_j are stacked into one projection, and the gradient of x is summed in place. The order of the
+products is that of ``kernels/plan.py``.
 """
 
 from __future__ import annotations
