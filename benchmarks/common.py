@@ -32,7 +32,6 @@ SIDES = ("ours", "peft")
 SEED, RANK, LEARNING_RATE = 0, 8, 2e-4
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LABELS = ["bad", "good"]
-QUESTION = "Is this movie review good or bad? Answer with one word, good or bad.\n\nReview: {review}"
 MIB = 2**20
 
 
@@ -85,6 +84,7 @@ def examples(kind: str, rows: Sequence[Mapping[str, str]], tokenizer: Any, max_l
     """Reviews as ``graft fit`` encodes them: ``text``, ``labels``, or a question and its ``answers``."""
     from graft.data.encoding import encode
     from graft.data.reading import Row, Table
+    from graft.recipes.quickstart import QUESTION
 
     values: Callable[[Mapping[str, str]], dict[str, str]] = {
         "answers": lambda row: {"prompt": QUESTION.format(review=row["text"]), "answer": LABELS[int(row["label"])]},

@@ -1,6 +1,6 @@
 """Time and memory of a fine-tuning step against rank, sequence length and number of targets, Graft beside PEFT.
 
-    python benchmarks/cost_curves.py                       # about a quarter of an hour on two cores
+    python benchmarks/cost_curves.py
     python benchmarks/cost_curves.py --curves rank --values 8 64 --pairs 1 --steps 2
 
 LoRA on SmolLM2-135M, alpha twice the rank, every position labelled; from 4 x 128 tokens, rank 8 and all linear maps one thing changes at a

@@ -1,6 +1,6 @@
 """Seconds of what happens around training: attach, save, load, merge, unmerge and detach, Graft beside PEFT.
 
-    python benchmarks/operations.py                        # about five minutes on two cores
+    python benchmarks/operations.py
     python benchmarks/operations.py --dtypes float32 --pairs 1
 
 LoRA of rank 8 on all linear maps of SmolLM2-135M. Each block runs in a process of its own: one cycle of all operations as a warm-up, then

@@ -1,6 +1,6 @@
 """Share of padding among the tokens a model computes: padded or packed batches, in random or bucketed order, on movie reviews.
 
-    python benchmarks/padding.py                           # about two minutes on one core
+    python benchmarks/padding.py
     python benchmarks/padding.py --rows 800 --epochs 1
 
 Counts the positions of real batches, as ``graft fit`` would collate them, over whole epochs. Nothing is timed and no model runs, so the
@@ -63,9 +63,8 @@ def share(examples: Sequence[dict[str, Any]], batched: Iterable[Sequence[int]], 
 
 def measure(case: Case, examples: Sequence[dict[str, Any]], size: int, epochs: int) -> dict[str, dict[str, float]]:
     """Shares by order, then by batch: padded, packed, and the rows of a packed batch; means over the epochs."""
-    from graft.data.batching import BucketedOrder, packing_collator
+    from graft.data.batching import BucketedOrder, DataOrder, packing_collator
     from graft.data.encoding import collator
-    from graft.training.fit import DataOrder
 
     lengths = [len(example["input_ids"]) for example in examples]
     orders = (DataOrder(len(examples), SEED), BucketedOrder(lengths, size, SEED, pool=UPDATE), BucketedOrder(lengths, size, SEED))

@@ -1,6 +1,6 @@
 """Speed and memory of one fine-tuning step: Graft beside PEFT and beside the step's matrix products alone.
 
-    python benchmarks/training_step.py                     # about 25 minutes on two cores
+    python benchmarks/training_step.py
     python benchmarks/training_step.py --cases minilm --dtypes float32 --pairs 1 --steps 3
 
 Both sides do the same work (see benchmarks/common.py), and that comes first: number of trained parameters, outputs at the start, losses

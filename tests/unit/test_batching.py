@@ -16,9 +16,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 import graft
 from graft import GraftError
-from graft.data.batching import BucketedOrder, first_fit, packing_collator, packs, real_tokens
+from graft.data.batching import BucketedOrder, DataOrder, first_fit, packing_collator, packs, real_tokens
 from graft.data.encoding import IGNORED, collator
-from graft.training.fit import DataOrder
 from tests import tiny
 
 PAD = 0

@@ -16,14 +16,17 @@ from graft.core.errors import GraftError
 def inspect(
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
     plan: Annotated[bool, typer.Option("--plan", help="In which order its products are computed in training on this machine.")] = False,
-    rows: Annotated[int, typer.Option(min=1, help="With --plan: tokens in a batch.")] = 1024,
+    rows: Annotated[int | None, typer.Option(min=1, help="With --plan: tokens in a batch. [default: 1024]", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what an adapter folder holds, without its base model.
 
     Example: graft inspect runs/reviews --plan --rows 2048
     """
+    if rows is not None and not plan:
+        raise GraftError("--rows is the batch that --plan is made for; add --plan, or leave --rows out.")
     if plan:
+        rows = rows or 1024
         lines = _plans(Path(adapter), rows)
         if json_:
             show.print_json({"rows": rows, "dtype": "float32", "plan": lines})
@@ -63,9 +66,7 @@ def _plans(path: Path, rows: int) -> list[dict[str, Any]]:
                 "shape": f"{size.outputs} x {size.inputs}",
                 "rank": size.rank,
                 "targets": count,
-                "output": "merged" if chosen.merged_output else "thin",
-                "input gradient": "merged" if chosen.merged_input_gradient else "thin",
-                "factor gradients": "full" if chosen.full_gradient else "thin",
+                **chosen.orders,
                 "operations": f"{own:.3g}",
                 "saved": f"{1 - own / thin:.0%}",
             }

@@ -255,6 +255,10 @@ class Adapter:
             tensors |= {f"shared.{key}": value for key, value in self.shared.state_dict().items()}
         return tensors
 
+    def note_shapes(self) -> None:
+        """Remembers the shapes of :meth:`tensors`, which a save must find again."""
+        self.shapes = {name: value.shape for name, value in self.tensors().items()}
+
     def state_dict(self) -> State:
         """All that an exact resume needs beside the optimizer: tensors, step and the callbacks' state."""
         state: State = {f"tensors.{name}": value for name, value in self.tensors().items()}
@@ -341,7 +345,7 @@ def attach(
     except BaseException:
         detach(model, name)
         raise
-    adapter.shapes = {name: value.shape for name, value in adapter.tensors().items()}
+    adapter.note_shapes()
     return adapter
 
 
@@ -375,7 +379,7 @@ def build(
         slot_of(delta.target).add(name, delta)
     share_inputs(delta.target for delta in adapter.deltas.values())
     _house_shared(adapter)
-    adapter.shapes = {name: value.shape for name, value in adapter.tensors().items()}
+    adapter.note_shapes()
     return adapter
 
 

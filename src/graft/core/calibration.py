@@ -29,6 +29,18 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Calibration:
     """A model with a few batches (mappings of keyword arguments) to look at before training."""
 
@@ -58,7 +70,7 @@ class Calibration:
 
                 return hook
 
-            with self._running(), torch.no_grad(), ExitStack() as hooks:
+            with evaluating(self.model), torch.no_grad(), ExitStack() as hooks:
                 for target in targets:
                     if target.name in waiting:
                         hooks.enter_context(_removing(target.module.register_forward_pre_hook(hear(target))))
@@ -76,7 +88,7 @@ class Calibration:
 
             return hook
 
-        with self._running(), torch.no_grad(), ExitStack() as hooks:
+        with evaluating(self.model), torch.no_grad(), ExitStack() as hooks:
             for target in targets:
                 hooks.enter_context(_removing(target.module.register_forward_pre_hook(hear(target))))
             self.model(**_on_device(self.model, self.batches[0]))
@@ -133,7 +145,7 @@ class Calibration:
             return hook
 
         for batch in self.batches:
-            with self._running(), torch.enable_grad(), ExitStack() as hooks:
+            with evaluating(self.model), torch.enable_grad(), ExitStack() as hooks:
                 for target in targets:
                     hooks.enter_context(_removing(target.module.register_forward_hook(hear(target))))
                 loss = self.loss(self.model, _on_device(self.model, batch))
@@ -141,16 +153,6 @@ class Calibration:
                     torch.autograd.grad(loss, probes, allow_unused=True)  # what the loss does not read has gradient zero
             probes.clear()
         return {target: total / len(self.batches) for target, total in sums.items()}
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _weight_gradient(target: Target, x: Tensor, gradient: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ from graft.core.target import SLOT
 _fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds only a part of the tensor (a DTensor, whose class would cost a slow import)."""
+    return hasattr(tensor, "placements")
+
+
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A hash of the base model's parameters (names, shapes, values rounded to bf16, so that fp32 and bf16 copies agree).
 
@@ -33,7 +38,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
         return cached[1]
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters):
-        if hasattr(parameter, "placements"):  # a DTensor; its class costs a slow import
+        if is_sharded(parameter):
             raise GraftError(
                 f"{name} is sharded over processes, so the base has no fingerprint here; set adapter.fingerprint = fingerprint(model) "
                 "before sharding it, as graft.training.distributed.shard does."

@@ -41,7 +41,7 @@ class Slot(nn.Module):
             if y is None:
                 y = alone(x)
             return y
-        baked = self.baked if self.baked is not None and set(self.merged) <= set(self.active) else None
+        baked = self._in_force()
         y = self.base(x) if baked is None else baked(x)
         running = [name for name in self.active if baked is None or name not in self.merged]
         if running:
@@ -52,11 +52,15 @@ class Slot(nn.Module):
 
     def alone(self) -> Delta | None:
         """The one delta that answers for the whole target; None where there are several, none, or a baked weight."""
-        if len(self.active) != 1 or (self.baked is not None and set(self.merged) <= set(self.active)):
+        if len(self.active) != 1 or self._in_force() is not None:
             return None
         delta = self.deltas[self.active[0]]
         assert isinstance(delta, Delta)
         return delta
+
+    def _in_force(self) -> nn.Module | None:
+        """The baked module, as long as every adapter in it is active."""
+        return self.baked if set(self.merged) <= set(self.active) else None
 
     def bake(self, names: tuple[str, ...]) -> float:
         """Writes the adapted weight of ``names`` beside W, computed in at least fp32 and rounded once.

@@ -28,7 +28,7 @@ from graft.core.adapter import Adapter, build, detach
 from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError, nearest
-from graft.core.hashing import content_hash, fingerprint
+from graft.core.hashing import content_hash, fingerprint, is_sharded
 from graft.core.target import Target, all_targets
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -108,7 +108,7 @@ def check_whole(adapter: Adapter) -> None:
     """
     for name, value in adapter.tensors().items():
         built = adapter.shapes.get(name, value.shape)
-        if hasattr(value, "placements"):  # a DTensor; its class costs a slow import
+        if is_sharded(value):
             seen = "is sharded over processes"
         elif value.is_meta:
             seen = "holds no values (device meta)"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from graft.core.calibration import evaluating
 from graft.core.errors import GraftError
 from graft.data.encoding import IGNORED, collator
 
@@ -91,27 +92,45 @@ def packs(model: PreTrainedModel) -> bool:
     ids = torch.randint(len(embedding), (19,), generator=torch.Generator().manual_seed(0)).tolist()
     # Packed into 8, 5 + 2 and 4: alone, with a neighbour and padding, with padding. In this order both batches have their tokens in the same order.
     examples = [{"input_ids": piece, "labels": piece} for piece in (ids[:8], ids[8:13], ids[13:15], ids[15:])]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        found = []
+    found = []
+    with evaluating(model), torch.no_grad():
         for batch in (collator(0)(examples), packing_collator(0)(examples)):
             inputs = {name: value.to(embedding.device) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
-            with torch.no_grad():
-                logits = model(**inputs, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
             if logits.shape[:2] != batch["input_ids"].shape:
                 return False
             found.append(logits[real_tokens(batch).to(logits.device)])
-    finally:
-        for module, mode in modes:
-            module.training = mode
     apart, packed = found
     tolerance = torch.finfo(apart.dtype).eps ** 0.5 * apart.abs().max()  # far above rounding, far below what a neighbour changes
     return bool((apart - packed).abs().max() <= tolerance)
 
 
-class BucketedOrder(Sampler[int]):
-    """A permutation of the rows for each epoch, a function of seed and epoch alone, in which the rows of a batch are about as long.
+class DataOrder(Sampler[int]):
+    """A permutation of the rows for each epoch, a function of seed and epoch alone, so that a resumed run sees the same rows."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.permutation(self._generator()))
+
+    def permutation(self, generator: torch.Generator) -> list[int]:
+        """The rows of the epoch; what else the epoch draws comes from ``generator`` after it."""
+        rows: list[int] = torch.randperm(self.count, generator=generator).tolist()
+        return rows
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+
+
+class BucketedOrder(DataOrder):
+    """:class:`DataOrder` in which the rows of a batch are about as long.
 
     Random order, cut into pools of ``pool`` batches; the rows of a pool are sorted by length, and its batches come in random order. A pool is
     thus a random draw and a batch is not: where the loss is a mean over the tokens of an update, those of short rows weigh more than in random
@@ -122,18 +141,13 @@ class BucketedOrder(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int | None = None):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        super().__init__(len(lengths), seed)
+        self.lengths, self.batch_size = lengths, batch_size
         self.pool = pool or max(1, min(50, len(lengths) // (4 * batch_size)))
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
+        generator = self._generator()
+        order = self.permutation(generator)
         for start in range(0, len(order), self.pool * self.batch_size):
             rows = sorted(order[start : start + self.pool * self.batch_size], key=lambda row: -self.lengths[row])
             batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]

@@ -3,7 +3,7 @@
 ``o = drop(softmax(s q k^T + m)) v``      q [batch, heads, n, d], k and v [batch, groups, m, d], heads a multiple of groups, mask [.., .., n, m]
 
 torch's fused attention wins on long sequences in fp32 without dropout. On a CPU it has no dropout (it falls back to a slow path that
-copies) and its bf16 backward pass is several times slower than the products it consists of; up to some hundred positions, keeping the
+copies) and its bf16 backward pass is slower than the products it consists of; up to some hundred positions, keeping the
 probabilities [batch, heads, n, m] costs little. The heads that share a key are one product, so keys and values are never repeated.
 """
 

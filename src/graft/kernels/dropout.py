@@ -29,7 +29,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def draw(shape: Sequence[int], p: float, device: torch.device) -> tuple[Tensor, float]:
-    """A mask of ``shape`` (int8, 1: kept; a product with bool is four times slower) and the scale ``1 / keep`` of what is kept."""
+    """A mask of ``shape`` (int8, 1: kept; a product with bool is slower) and the scale ``1 / keep`` of what is kept."""
     dropped = round(p * STEPS)
     size = torch.Size(shape).numel()
     bits = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:size]

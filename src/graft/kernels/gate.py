@@ -42,7 +42,7 @@ class _Gate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         g, u = ctx.saved_tensors
-        if isinstance(ctx.act, nn.SiLU):
+        if type(ctx.act) is nn.SiLU:
             opened, dg = ctx.act(g), torch.ops.aten.silu_backward(gradient * u, g)
         else:
             with torch.enable_grad():

@@ -112,7 +112,7 @@ class _LoraLinears(torch.autograd.Function):
             else:
                 if wants_A and back is not None:
                     dA = back.T @ rows
-                if wants_B:  # as [r, out]: with the short side first the product runs three times as fast
+                if wants_B:  # as [r, out]: with the short side first the product is faster
                     dB = ((rows @ A.T if own is None else own).T @ gradient).T
             found += [None, None, dA, dB]
         if dx is not None:

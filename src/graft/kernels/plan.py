@@ -51,14 +51,17 @@ class Plan(NamedTuple):
     merged_input_gradient: bool = False
     full_gradient: bool = False
 
+    @property
+    def orders(self) -> dict[str, str]:
+        """The order of each product, in words."""
+        return {
+            "output": "merged" if self.merged_output else "thin",
+            "input gradient": "merged" if self.merged_input_gradient else "thin",
+            "factor gradients": "full" if self.full_gradient else "thin",
+        }
+
     def __str__(self) -> str:
-        return ", ".join(
-            (
-                f"output {'merged' if self.merged_output else 'thin'}",
-                f"input gradient {'merged' if self.merged_input_gradient else 'thin'}",
-                f"factor gradients {'full' if self.full_gradient else 'thin'}",
-            )
-        )
+        return ", ".join(f"{product} {chosen}" for product, chosen in self.orders.items())
 
 
 PLANS = tuple(Plan(o, i, g) for o in (False, True) for i in (False, True) for g in (False, True))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import os
 import platform
 import shutil
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ from graft.core.adapter import Adapter, attach
 from graft.core.catalogue import catalogue
 from graft.core.errors import GraftError
 from graft.core.hashing import fingerprint
-from graft.core.storage import rebuild, to_json
+from graft.core.storage import rebuild, to_json, write_folder
 from graft.core.target import find_targets
-from graft.data.batching import BucketedOrder, packing_collator, packs, real_tokens
+from graft.data.batching import BucketedOrder, DataOrder, packing_collator, packs, real_tokens
 from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
 from graft.models import load
@@ -86,8 +85,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
                 raise GraftError("per_layer updates each weight before the processes can average its gradient; leave it out, or start one process.")
         if config.shard:
             distributed.check_shardable(adapter)
-        pack = config.pack if config.pack is not None else table.kind != "labels" and packs(model)
-        if pack and (table.kind == "labels" or not packs(model)):
+        pack = config.pack is not False and table.kind != "labels" and packs(model)
+        if config.pack and not pack:
             raise GraftError(f"{config.model} cannot tell examples that share a row apart, so their losses would be wrong; leave pack out.")
         fused = fuse(model) if config.fuse else None
         use_measured(getattr(torch, config.dtype), "cpu" if distributed.on_cpu() else "cuda")
@@ -107,7 +106,7 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     with distributed.together():
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / RUN, {"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})
+            write_folder(folder, {RUN: to_json({"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})})
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # the bound hooks hide the first call
@@ -145,7 +144,7 @@ def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded,
         "versions": versions(),
         "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
     }
-    _write_json(folder / RUN, run)
+    write_folder(folder, {RUN: to_json(run)})
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return run
 
@@ -216,23 +215,6 @@ def _arguments(config: FitConfig) -> transformers.TrainingArguments:
 def _mean_over_rows(output: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
     """The loss of a classifier, over all rows of an update; the models' own is a mean over each forward pass, whatever its share of them."""
     return nn.functional.cross_entropy(output.logits.float(), labels, reduction="sum") / num_items_in_batch
-
-
-class DataOrder(Sampler[int]):
-    """A permutation of the rows for each epoch, a function of seed and epoch alone, so that a resumed run sees the same rows."""
-
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
 class GraftTrainer(transformers.Trainer):
@@ -346,12 +328,6 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
         return sys.maxsize
-
-
-def _write_json(path: Path, value: Any) -> None:
-    staging = path.with_name(f".{path.name}")
-    staging.write_bytes(to_json(value))
-    os.replace(staging, path)
 
 
 def versions() -> dict[str, str]:

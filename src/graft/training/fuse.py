@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from graft.core.calibration import evaluating
 from graft.core.errors import GraftError
 from graft.core.target import SLOT
 from graft.data.encoding import IGNORED
@@ -304,10 +305,5 @@ class _Probe:
         return True
 
     def _run(self, module: nn.Module, **inputs: Any) -> Any:
-        modes = [(each, each.training) for each in self.model.modules()]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return module(**inputs)
-        finally:
-            for each, mode in modes:
-                each.training = mode

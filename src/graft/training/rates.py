@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from typing import Any
 
 import torch
 
+from graft.core.storage import to_json, write_folder
 from graft.kernels.plan import EXACT, SIDES, Rates, measure, use_rates
 from graft.models import cache_folder
 
@@ -23,7 +23,8 @@ def use_measured(dtype: torch.dtype, device: str = "cpu") -> Rates | None:
     rates = _valid(kept.get(key))
     if rates is None:
         rates = measure(dtype, device)
-        _write({**kept, key: rates.values})
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_folder(cache_folder(), {FILE: to_json({**kept, key: rates.values})})
     use_rates(rates, dtype, device)
     return rates
 
@@ -46,11 +47,3 @@ def _valid(values: Any) -> Rates | None:
     if not isinstance(values, list) or len(values) != len(SIDES):
         return None
     return Rates(tuple(map(float, values))) if all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values) else None
-
-
-def _write(rates: dict[str, Any]) -> None:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{FILE}.{os.getpid()}"
-    staging.write_text(json.dumps(rates, indent=1), encoding="utf-8")
-    os.replace(staging, folder / FILE)
