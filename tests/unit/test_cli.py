@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from graft.cli.app import app
+from graft.kernels import plan
 from tests import folders
 
 COMMANDS = ("quickstart", "methods", "fit", "eval", "generate", "merge", "convert", "inspect")
@@ -118,6 +121,21 @@ def test_inspect_reads_ours_and_pefts(adapter: Path, tmp_path: Path) -> None:
     assert run("inspect", adapter).exit_code == 0
 
 
+def test_inspect_shows_the_planners_choice(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    said = json.loads(run("inspect", adapter, "--plan", "--rows", 64, "--json").stdout)
+    assert said["rows"] == 64
+    assert sum(line["targets"] for line in said["plan"]) == sum("lora_A" in key for key in tensors)
+    for line in said["plan"]:
+        outputs, inputs = map(int, line["shape"].split(" x "))
+        chosen = plan.choose(plan.Shape(64, inputs, outputs, line["rank"]), torch.float32)
+        assert {name: line[name] for name in chosen.orders} == chosen.orders
+    assert json.loads(run("inspect", adapter, "--plan", "--json").stdout)["rows"] == 1024
+    assert "Order of products in fp32, 1,024 tokens" in run("inspect", adapter, "--plan").stdout
+    plan.use_rates(None, torch.float32)
+
+
 def test_options_win_over_the_yaml_file(model: Path, tmp_path: Path) -> None:
     data = folders.answers(tmp_path / "train.jsonl")
     config = tmp_path / "run.yaml"
@@ -147,6 +165,7 @@ def test_options_win_over_the_yaml_file(model: Path, tmp_path: Path) -> None:
         (["merge", "ADAPTER", "--output", "MODEL"], "exists already; choose another --output"),
         (["convert", "ADAPTER", "--to", "lora", "--output", "MODEL"], "exists already; choose another --output"),
         (["inspect", "MODEL"], "has no adapter_model.safetensors"),
+        (["inspect", "ADAPTER", "--rows", "8"], "--rows is the batch that --plan is made for"),
     ],
 )
 def test_mistakes_are_one_sentence(model: Path, adapter: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
