@@ -232,19 +232,22 @@ def test_gradients_accumulate_over_batches(name: str) -> None:
         assert error(seen, own) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "neox"])
-@pytest.mark.parametrize("batch", [padded, packed], ids=lambda batch: batch.__name__)
+def assert_as_near(seen: list[Tensor], plain: list[Tensor], wanted: list[Tensor]) -> None:
+    """As near to the truth as the model itself in bf16: half as far again at most, over all gradients together."""
+    far, own = (torch.cat([(a.double() - b).flatten() for a, b in zip(found[1:], wanted[1:], strict=True)]).norm() for found in (seen, plain))
+    assert far <= 1.5 * own
+    assert error(seen[0], wanted[0]) <= max(0.01, 1.5 * error(plain[0], wanted[0]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "neox", "granite", "mistral-window"])
+@pytest.mark.parametrize("batch", [full, padded, packed], ids=lambda batch: batch.__name__)
 def test_a_training_step_in_bf16(name: str, batch: Callable[[], dict[str, Any]]) -> None:
-    """As near to the truth as the model itself in bf16: half as far again at most, summed over all gradients."""
     model, given = adapted(name), batch()
     wanted = truth(model, given)
     model.bfloat16()
     plain = step(model, given)
     assert graft.fuse(model).parts["attention"] == (name != "gemma2")
-    seen = step(model, given)
-    far, own = (torch.cat([(a.double() - b).flatten() for a, b in zip(found[1:], wanted[1:], strict=True)]).norm() for found in (seen, plain))
-    assert far <= 1.5 * own
-    assert error(seen[0], wanted[0]) <= max(0.01, 1.5 * error(plain[0], wanted[0]))
+    assert_as_near(step(model, given), plain, wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "cohere", "gpt2"])
@@ -266,12 +269,16 @@ def test_a_training_step_under_autocast(name: str, p: float) -> None:
         assert error(seen[0], wanted[0]) < 0.01
 
 
-def test_a_classifier_is_that_of_the_model() -> None:
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_classifier_is_that_of_the_model(padding: bool) -> None:
     """BERT: attention both ways, no causal loss."""
     model = tiny.bert()
     disturb(graft.attach(model, "lora", rank=3))
     batch = tiny.classifier_batches(1)[0]
-    batch["attention_mask"][0, 4:] = 0
+    if padding:
+        batch["attention_mask"][0, 4:] = 0
+    else:
+        del batch["attention_mask"]  # then the attention is given no mask at all
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
         model.to(dtype)
         wanted, logits = step(model, batch), model(**batch).logits
@@ -296,6 +303,31 @@ def test_every_method_trains_on_a_fused_model_as_without(row: Any) -> None:
         results.append(step(model, padded()))
     for seen, own in zip(results[1], results[0], strict=True):
         assert error(seen, own) < 1e-4
+
+
+class OddRMSNorm(nn.Module):
+    """Passes for a norm on single rows, and is another function inside the model."""
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+        return y if x.ndim == 2 else 2 * y
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "to-be-frozen"])
+def test_a_model_that_does_not_agree_as_a_whole_is_left_as_it_is(frozen: bool) -> None:
+    model = CAUSAL["llama"]()
+    model.model.norm = OddRMSNorm(model.model.norm)
+    if frozen:
+        model.requires_grad_(False)
+    wanted = model(**inputs(padded())).logits
+    assert graft.fuse(model).parts in ({}, {"loss": 1})
+    assert own_forwards(model) in ([], [""])
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(**inputs(padded())).logits, wanted)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------------

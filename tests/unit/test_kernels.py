@@ -54,7 +54,8 @@ def trained_in(given: Any) -> list[Tensor]:
 def gradients(function: Callable[..., Tensor], given: Any) -> list[Tensor]:
     """The output and the gradients of everything that is trained, for a loss whose gradient differs at each output."""
     y, trained = function(*given), trained_in(given)
-    probe = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
+    first = 0 if y.ndim else 1  # sin(0) would hide the gradient of a single number
+    probe = torch.sin(torch.arange(first, first + y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), trained)]
 
 
@@ -325,6 +326,7 @@ def test_maps_of_one_input_in_low_precision() -> None:
 Sizes = tuple[int, int, int, int]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
+    "silu-module": torch.nn.SiLU(),
     "gelu": F.gelu,
     "tanh-gelu": lambda g: F.gelu(g, approximate="tanh"),
     "identity": lambda g: g,
@@ -570,14 +572,13 @@ def test_attention_under_autocast(dtype: torch.dtype, p: float) -> None:
     q, k, v, hidden, scale = attention_inputs(2, "rows")(SMALL, Random(torch.float32))
     low = v.detach().to(dtype).requires_grad_()
 
-    def run(function: Callable[..., Tensor], *given_: Any) -> list[Tensor]:
+    def run(values: Tensor, autocast: bool) -> list[Tensor]:
         torch.manual_seed(0)
-        y = function(*given_, p)
-        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), trained_in(given_))]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = attention(q, k, values, hidden, scale, p)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [q, k, values])]
 
-    with torch.autocast("cpu", torch.bfloat16):
-        seen = run(attention, q, k, low, hidden, scale)
-    wanted = run(attention, q, k, v, hidden, scale)
+    seen, wanted = run(low, True), run(v, False)
     assert [t.dtype for t in seen] == [torch.bfloat16, torch.float32, torch.float32, dtype]
     for s, w in zip(seen, wanted, strict=True):
         assert (s.float() - w).norm() <= 0.03 * w.norm()

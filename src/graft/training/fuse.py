@@ -305,5 +305,12 @@ class _Probe:
         return True
 
     def _run(self, module: nn.Module, **inputs: Any) -> Any:
-        with evaluating(self.model):
-            return module(**inputs)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)  # as after attach(): a norm that is trained would run as it did
+        try:
+            with evaluating(self.model):
+                return module(**inputs)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
