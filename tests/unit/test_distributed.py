@@ -458,9 +458,14 @@ def _plain_loops(batches: list[dict[str, Tensor]], folder: Path) -> dict[str, An
         model = tiny.llama()
         adapter = graft.attach(model, "lora", rank=3)
         torch.distributed.fsdp.fully_shard(model)
-        for path in ("save", "fingerprint"):
+        refused = {
+            "save": lambda: adapter.save(folder / "pieces"),
+            "fingerprint": lambda: graft.core.hashing.fingerprint(model),
+            "merge": adapter.merge,
+        }
+        for path, work in refused.items():
             try:
-                adapter.save(folder / "pieces") if path == "save" else graft.core.hashing.fingerprint(model)
+                work()
             except GraftError as error:
                 found[path] = str(error)
 
@@ -590,6 +595,7 @@ def test_a_sharded_adapter_is_not_saved(loops: Any) -> None:
     for result in results:
         assert "q_proj.A of adapter 'default' is sharded over processes, so nothing was saved; leave the adapter out of sharding" in result["save"]
         assert "is sharded over processes, so the base has no fingerprint here" in result["fingerprint"]
+        assert "is sharded over processes, so it cannot be merged here" in result["merge"]
     assert not (folder / "pieces").exists()
 
 

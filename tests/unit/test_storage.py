@@ -282,6 +282,19 @@ def test_one_changed_weight_is_another_base(folder: Path) -> None:
     refused(folder, "another base model", model)
 
 
+def test_a_base_that_was_written_to_is_not_saved_for(tmp_path: Path) -> None:
+    model = tiny.llama()
+    adapter = graft.attach(model, "lora", rank=2)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("norm.weight")).mul_(2)
+    with pytest.raises(graft.GraftError, match="weights changed since adapter 'default' was attached"):
+        adapter.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    adapter.fingerprint = None
+    adapter.save(tmp_path / "adapter")
+    refused(tmp_path / "adapter", "another base model")
+
+
 @pytest.mark.parametrize("make", [tiny.gpt2, lambda: tiny.llama(layers=1)])
 def test_another_architecture(folder: Path, make: Callable[[], nn.Module]) -> None:
     refused(folder, "another base model", make())

@@ -21,7 +21,7 @@ from graft.core.callback import Callback, State
 from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, Pair, Part
 from graft.core.errors import GraftError, nearest
-from graft.core.hashing import fingerprint
+from graft.core.hashing import fingerprint, is_sharded
 from graft.core.slot import share_inputs, slot_of
 from graft.core.target import Target, TargetSpec, all_targets, find_targets
 
@@ -73,7 +73,8 @@ class Adapter:
     Attributes: ``name``, ``model``, ``method`` (its name in the catalogue), ``recipe`` (its parts with their hyper-parameters),
     ``deltas`` (by target name), ``modules_to_save`` (names of modules trained whole beside the method, a new head for example) and
     ``whole_targets`` (the targets inside them),
-    ``callbacks``, ``step`` (optimiser updates so far), ``seed``, ``trainable`` (False where it was loaded for use).
+    ``callbacks``, ``step`` (optimiser updates so far), ``seed``, ``trainable`` (False where it was loaded for use), ``fingerprint`` (of
+    the base it was attached to, see :func:`graft.core.hashing.fingerprint`; None where it was loaded, or the base was not whole).
     """
 
     def __init__(self, name: str, model: nn.Module, recipe: Recipe, deltas: Mapping[str, Delta], shared: nn.Module | None, seed: int):
@@ -85,7 +86,7 @@ class Adapter:
         self.whole_targets: frozenset[str] = frozenset()
         self.callbacks: list[Callback] = [callback for part in recipe.parts for callback in part.callbacks()]
         self.step, self.trainable = 0, True
-        self.fingerprint = None if recipe.delta.keeps_base else fingerprint(model)  # of a base that will not stay, or not stay whole
+        self.fingerprint = None if recipe.delta.keeps_base else fingerprint(model)  # now or never
         self.shapes: dict[str, torch.Size] = {}  # of tensors(), as built
         self._hooks: list[RemovableHandle] = []
 
@@ -346,6 +347,8 @@ def attach(
         detach(model, name)
         raise
     adapter.note_shapes()
+    if adapter.fingerprint is None and not any(is_sharded(p) or p.is_meta for p in model.parameters()):
+        adapter.fingerprint = fingerprint(model, adapter.modules_to_save)
     return adapter
 
 

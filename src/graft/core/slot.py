@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from graft.core.delta import Delta
 from graft.core.errors import GraftError
+from graft.core.hashing import is_sharded
 from graft.core.target import SLOT, Target
+
+CHUNK = 1 << 16  # values that are compared at a time: temporary tensors that stay in the cache, and in memory that the process already has
 
 
 class Slot(nn.Module):
@@ -70,11 +73,16 @@ class Slot(nn.Module):
         self.merged, self.baked = (), None
         if not names:
             return 0.0
+        if is_sharded(self.target.original):
+            raise GraftError(
+                f"{self.target} is sharded over processes, so it cannot be merged here; load base and adapter in one process and merge there."
+            )
         with torch.no_grad():
             weight, bias = self.adapted(names)
-            baked = self.target.clone_module(weight=False).requires_grad_(False)
+            if any(weight.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() for own in (self.target.original, *self.parameters())):
+                weight = weight.clone()
+            baked = self.target.clone_module(weight).requires_grad_(False)
             stored = self.target.view(baked.weight)  # type: ignore[arg-type]
-            stored.copy_(weight)
             if bias is not None:
                 baked.bias = nn.Parameter(bias.to(stored.dtype), requires_grad=False)
             lost = rounding_loss(self.target.weight(), weight, stored)
@@ -199,8 +207,12 @@ def rounding_loss(base: Tensor, exact: Tensor, stored: Tensor) -> float:
     """The share of an update that storing it lost: ``||stored - exact|| / ||exact - base||``; 0 where nothing changed or was rounded."""
     if stored.dtype == exact.dtype:
         return 0.0
-    change = (exact - base).norm()
-    return float((stored.to(exact.dtype) - exact).norm() / change) if change > 0 else 0.0
+    change, lost = exact.new_zeros(2, dtype=torch.float64)
+    rows = max(1, CHUNK // max(1, exact.shape[1]))
+    for before, after, rounded in zip(*(torch.split(each, rows) for each in (base, exact, stored)), strict=True):
+        change += torch.linalg.vector_norm(after - before).square()
+        lost += torch.linalg.vector_norm(after - rounded).square()
+    return float((lost / change).sqrt()) if change > 0 else 0.0
 
 
 def slot_of(target: Target) -> Slot:

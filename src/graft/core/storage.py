@@ -8,6 +8,7 @@ Everything is checked before the model is touched, and a failed load leaves it a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError, nearest
 from graft.core.hashing import content_hash, fingerprint, is_sharded
-from graft.core.target import Target, all_targets
+from graft.core.target import Target, all_targets, kind_of
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, SHARED = "base_model.model.", "base_model."
@@ -122,6 +123,14 @@ def check_whole(adapter: Adapter) -> None:
         )
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity; None where all are finite."""
+    floating = {name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()}
+    if torch.isfinite(torch.nn.utils.get_total_norm(list(floating.values()), math.inf)):  # a few calls instead of two for each tensor
+        return None
+    return next(name for name, value in floating.items() if not torch.isfinite(value).all())
+
+
 def save_adapter(adapter: Adapter, path: str | Path) -> Path:
     """Writes the adapter to the folder ``path``, atomically; other files in the folder stay.
 
@@ -134,9 +143,8 @@ def save_adapter(adapter: Adapter, path: str | Path) -> Path:
     for callback in adapter.callbacks:
         callback.on_export()
     tensors = {name: value.detach().cpu() for name, value in exported(adapter).items()}
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise GraftError(f"adapter {adapter.name!r} holds a value that is not finite in {name}; training diverged, so nothing was saved.")
+    if (broken := not_finite(tensors)) is not None:
+        raise GraftError(f"adapter {adapter.name!r} holds a value that is not finite in {broken}; training diverged, so nothing was saved.")
     write_folder(path, {TENSORS: tensors, CONFIG: to_json(adapter_config(adapter, content_hash(tensors)))})
     return path
 
@@ -149,7 +157,7 @@ def adapter_config(adapter: Adapter, content: str) -> dict[str, Any]:
     base = {
         "name": getattr(config, "_name_or_path", None) or None,
         "class": _class_name(model),
-        "fingerprint": adapter.fingerprint or fingerprint(model, heads),
+        "fingerprint": base_fingerprint(adapter),
     }
     if "SequenceClassification" in _class_name(model) and config is not None:
         base["labels"] = [config.id2label[index] for index in range(config.num_labels)]
@@ -170,6 +178,20 @@ def adapter_config(adapter: Adapter, content: str) -> dict[str, Any]:
         "content": content,
     }
     return {**peft_config(adapter), "graft": ours}
+
+
+def base_fingerprint(adapter: Adapter) -> str:
+    """The fingerprint of the base that the adapter was attached to; raises :class:`GraftError` where the base was written to since."""
+    known, base = adapter.fingerprint, [p for p in adapter.model.parameters() if not p.requires_grad]
+    if known is not None and (not adapter.recipe.delta.keeps_base or any(is_sharded(p) or p.is_meta for p in base)):
+        return known
+    present = fingerprint(adapter.model, adapter.modules_to_save)
+    if known not in (None, present):
+        raise GraftError(
+            f"the base model's weights changed since adapter {adapter.name!r} was attached, so it fits neither that base nor a file of this one; "
+            "leave the base out of your optimizer, or set adapter.fingerprint = None to save the adapter for the base as it is now."
+        )
+    return present
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -205,7 +227,7 @@ _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     """The last parts of the names where they mean exactly these modules in the model, else the names in full."""
     leaves = {name.rsplit(".", 1)[-1] for name in names}
-    meant = {t.name for t in all_targets(model) if t.name.rsplit(".", 1)[-1] in leaves}
+    meant = {name for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in leaves and kind_of(module)}
     return sorted(leaves) if meant == set(names) else sorted(names)
 
 
@@ -421,8 +443,8 @@ def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], path: Path) -> None:
             raise GraftError(f"{file}: {name} has shape {list(seen.shape)}, but {list(value.shape)} is needed.")
         if seen.is_floating_point() != value.is_floating_point():
             raise GraftError(f"{file}: {name} is {seen.dtype}, but {value.dtype} is needed.")
-        if seen.is_floating_point() and not torch.isfinite(seen).all():
-            raise GraftError(f"{file}: {name} holds values that are not finite (NaN or infinity); the adapter is broken.")
+    if (broken := not_finite(tensors)) is not None:
+        raise GraftError(f"{file}: {broken} holds values that are not finite (NaN or infinity); the adapter is broken.")
     extra = sorted(set(tensors) - set(expected))
     if extra:
         raise GraftError(f"{file} has {len(extra)} tensors that belong nowhere, the first {extra[0]!r}; {nearest(extra[0], expected)}")

@@ -170,15 +170,20 @@ class Target:
             return F.one_hot(x.reshape(-1), self.shape[1]).to(self.dtype)
         return x.reshape(-1, x.shape[-1])
 
-    def clone_module(self, weight: bool = True) -> nn.Module:
-        """A free-standing trainable copy of the module: own parameters, no deltas, no hooks; with ``weight=False`` that one is not filled."""
+    def clone_module(self, weight: Tensor | None = None) -> nn.Module:
+        """A free-standing trainable copy of the module: own parameters, no deltas, no hooks.
+
+        ``weight`` [out, in] takes the place of W, rounded to its dtype; its memory becomes the copy's where dtype and layout allow it.
+        """
         clone = copy.copy(self.module)
         clone.__dict__.pop("forward", None)
         clone._modules = {}
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             setattr(clone, hooks, OrderedDict())
         own = {name: value.detach() for name, value in self.module._parameters.items() if value is not None}
-        copies = {name: value.clone() if weight or name != "weight" else torch.empty_like(value) for name, value in own.items()}
+        if weight is not None:
+            own["weight"] = self.stored(weight).to(own["weight"].dtype).contiguous()
+        copies = {name: value if weight is not None and name == "weight" else value.clone() for name, value in own.items()}
         clone._parameters = {name: nn.Parameter(copies[name]) if name in copies else None for name in self.module._parameters}
         clone._buffers = {name: None if value is None else value.clone() for name, value in self.module._buffers.items()}
         return clone

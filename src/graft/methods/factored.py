@@ -39,7 +39,7 @@ class Factored(Delta):
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         B, A = self.product()
-        return self.target.weight().to(B.dtype) + B @ A, self.target.bias
+        return torch.addmm(self.target.weight().to(B.dtype), B, A), self.target.bias
 
     def map(self) -> LowRankMap:
         """W, b, A, B of the low-rank map that :meth:`forward` runs before it calls :meth:`finish`."""
@@ -58,7 +58,7 @@ class Factored(Delta):
         elif not target.pointwise:
             if dropping:
                 raise GraftError(f"{target} cannot drop inputs of the branch alone; set dropout to 0 or narrow the targets.")
-            y = target.apply(x, weight.to(B.dtype) + B @ A, bias)
+            y = target.apply(x, torch.addmm(weight.to(B.dtype), B, A), bias)
         else:
             branch = F.dropout(x, self.dropout) if dropping else x
             y = target.apply(x, weight, bias) + target.mix(target.apply(branch, A), B)

@@ -30,8 +30,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from graft.core.adapter import Adapter, attach
 from graft.core.catalogue import catalogue
 from graft.core.errors import GraftError
-from graft.core.hashing import fingerprint
-from graft.core.storage import rebuild, to_json, write_folder
+from graft.core.storage import base_fingerprint, rebuild, to_json, write_folder
 from graft.core.target import find_targets
 from graft.data.batching import BucketedOrder, DataOrder, packing_collator, packs, real_tokens
 from graft.data.encoding import IGNORED, Encoded, collator, encode
@@ -140,7 +139,7 @@ def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded,
         "step_seconds": statistics.median(record.seconds) if record.seconds else None,
         **speed,
         "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
-        "base": {"name": config.model, "fingerprint": adapter.fingerprint or fingerprint(adapter.model, adapter.modules_to_save)},
+        "base": {"name": config.model, "fingerprint": base_fingerprint(adapter)},
         "versions": versions(),
         "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
     }

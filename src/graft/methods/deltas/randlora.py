@@ -79,7 +79,7 @@ class RandLoRADelta(Delta):
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         B, A = self.factors()
-        return self.target.weight().to(B.dtype) + B @ A, self.target.bias
+        return torch.addmm(self.target.weight().to(B.dtype), B, A), self.target.bias
 
     # PEFT has one scale for the whole adapter: a file holds it as 1, with each target's own scale in lambda.
     def exported(self) -> dict[str, Tensor]:
