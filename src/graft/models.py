@@ -104,6 +104,15 @@ def load(
     return model.eval().to(device or "cpu"), tokenizer
 
 
+def reads_only(name: str | Path) -> bool:
+    """Whether a base model is an encoder, which labels texts and writes none."""
+    import transformers
+
+    folder = _folder(str(name))
+    with _readable(name):
+        return _is_encoder(transformers.AutoConfig.from_pretrained(folder))
+
+
 def load_with_adapter(
     path: str | Path, model: str | None = None, *, dtype: str | torch.dtype = "float32", check_base: bool = True
 ) -> tuple[Adapter, PreTrainedTokenizerBase]:

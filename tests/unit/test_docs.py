@@ -30,3 +30,11 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_schema_of_results_is_the_code_s() -> None:
+    from graft.compare.results import FIELDS
+
+    table = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "compare.md").read_text(), re.MULTILINE)
+    assert dict(table) == FIELDS
+    assert [key for key, _ in table] == list(FIELDS)

@@ -73,3 +73,58 @@ def test_text_loss_is_the_mean_over_tokens(causal, tmp_path: Path) -> None:  # t
         count += ids.shape[1] - 1
     assert result.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
     assert result.metrics["tokens"] == count
+
+
+def test_answers_that_begin_alike_are_told_apart_where_they_differ(causal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    choices, prompts = ["very good", "very bad"], [" ".join(folders.WORDS[i : i + 3]) for i in range(9)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": choices[i % 2]}) + "\n" for i, p in enumerate(prompts)))
+    result = evaluate(model, tokenizer, read(tmp_path / "d.jsonl"), max_length=40, batch_size=4)
+    assert result.rule == "likeliest of 2 answers by its first token that differs"
+    for index, prompt in enumerate(prompts):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer(f"{text} very", add_special_tokens=False).input_ids])).logits[0, -1]
+        two = last[[tokenizer.convert_tokens_to_ids("good"), tokenizer.convert_tokens_to_ids("bad")]].log_softmax(0)
+        assert result.predictions[index] == choices[int(two.argmax())]
+        assert result.losses[index] == pytest.approx(-float(two[index % 2]), abs=1e-5)
+        assert result.correct[index] == (result.predictions[index] == choices[index % 2])
+
+
+def test_choices_that_the_table_does_not_have(causal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "the film", "answer": "good"}) + "\n")
+    result = evaluate(model, tokenizer, read(tmp_path / "d.jsonl"), max_length=40, choices=["good", "bad", "cold"])
+    assert "likeliest of 3 answers" in result.rule
+    assert result.losses[0] > 0
+
+
+def test_losses_of_generated_answers_are_the_answers_own(causal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    rows = [{"prompt": f"the {word}", "answer": f"{word} film"} for word in folders.WORDS[:21]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(model, tokenizer, read(tmp_path / "d.jsonl"), max_length=40, batch_size=5)
+    for row, loss in zip(rows, result.losses, strict=True):
+        assert loss == pytest.approx(-_log_likelihood(model, tokenizer, row["prompt"], row["answer"]) / 3, abs=1e-5)
+
+
+def test_losses_of_labels_and_text(tmp_path: Path) -> None:
+    labelled = read(folders.labels(tmp_path / "labels.jsonl", 11))
+    model, tokenizer = graft.load(folders.encoder(tmp_path / "encoder"), task="classification", labels=["bad", "good"])
+    result = evaluate(model, tokenizer, labelled, batch_size=3)
+    for row, loss in zip(labelled.rows, result.losses, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+        assert loss == pytest.approx(-float(logits.log_softmax(0)[["bad", "good"].index(row["label"])]), abs=1e-5)
+    assert result.metrics["loss"] == pytest.approx(sum(result.losses) / 11)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [("That is 3 + 4 = 7.", "7.0", True), ("The answer is 1,200.", "1200", True), ("7 or 8", "7", False), ("none", "7", False), ("-3", "3", False),
+     ("It is .5", "0.5", True), ("5 - 2 = 3", "3", True)],
+)  # fmt: skip
+def test_the_last_number_counts(said: str, answer: str, right: bool) -> None:
+    from graft.training.evaluate import _same_number
+
+    assert _same_number(said, answer) is right

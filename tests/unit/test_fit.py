@@ -211,3 +211,21 @@ def test_an_encoder_cannot_answer(rows: Path, tmp_path: Path) -> None:
 def test_config_values_are_checked(values: dict[str, Any], message: str) -> None:
     with pytest.raises(GraftError, match=message):
         FitConfig.make(values)
+
+
+def test_looking_at_the_model_on_the_way_changes_nothing(model: Path, rows: Path, tmp_path: Path) -> None:
+    from graft.data.reading import read
+    from graft.training.evaluate import evaluate
+
+    seen: list[tuple[int, float]] = []
+
+    def look(adapter: Any, tokenizer: Any, step: int) -> None:
+        seen.append((step, evaluate(adapter.model, tokenizer, read(rows)).metrics["loss"]))
+
+    settings = {"rank": 2, "dropout": 0.1}
+    fit(_config(model, rows, tmp_path / "looked", steps=5, settings=settings), look=look)
+    fit(_config(model, rows, tmp_path / "blind", steps=5, settings=settings))
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("looked", "blind"))
+    assert one == two
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    assert len({loss for _, loss in seen}) == 5  # and it is the model in training that was seen

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from graft.cli import convert, evaluate, fit, generate, inspect, merge, methods, quickstart
+from graft.cli import compare, convert, evaluate, fit, generate, inspect, merge, methods, quickstart
 
 
 class _OneSentence(TyperGroup):
@@ -28,7 +28,7 @@ class _OneSentence(TyperGroup):
                 print(f"graft: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("graft: stopped; a run of `graft fit` goes on with --resume.", file=sys.stderr)
+            print("graft: stopped; `graft fit` goes on with --resume, `graft compare` with the same command.", file=sys.stderr)
             raise SystemExit(130) from None
 
 
@@ -37,7 +37,7 @@ app = typer.Typer(
     help="Adapt pretrained models: every method as a small composable piece. Start with: graft quickstart",
 )  # fmt: skip
 for name, command in (
-    ("quickstart", quickstart.quickstart), ("methods", methods.methods), ("fit", fit.fit), ("eval", evaluate.evaluate),
+    ("quickstart", quickstart.quickstart), ("methods", methods.methods), ("fit", fit.fit), ("compare", compare.compare), ("eval", evaluate.evaluate),
     ("generate", generate.generate), ("merge", merge.merge), ("convert", convert.convert), ("inspect", inspect.inspect),
 ):  # fmt: skip
     app.command(name, no_args_is_help=name not in ("quickstart", "methods"))(command)

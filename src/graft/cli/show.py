@@ -42,6 +42,20 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
             bar.stop()
 
 
+@contextmanager
+def waiting(label: str) -> Iterator[Callable[[str], None]]:
+    """A turning sign while something of unknown length goes on; what it gives names the part."""
+    with err.status(label) as status:
+        yield lambda part: status.update(f"{label}: {part}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def print_json(value: Any) -> None:
     """One JSON object on one line."""
     print(json.dumps(value))

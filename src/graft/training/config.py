@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graft.core.errors import GraftError, nearest
 
 
-class FitConfig(BaseModel):
-    """Everything that decides what a run computes."""
+class Settings(BaseModel):
+    """Checked settings; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def make(cls, values: dict[str, Any]) -> Self:
+        """The settings of these values; raises :class:`GraftError` in one sentence for the first that is wrong."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if not first["loc"]:  # settings that do not go together
+                raise GraftError(f"{first['msg'].removeprefix('Value error, ')}.") from None
+            key = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                raise GraftError(f"there is no setting {key!r}; {nearest(key, cls.model_fields)}") from None
+            if first["type"] == "missing":
+                raise GraftError(f"the setting {key!r} is missing; it is the {cls.model_fields[key].description}.") from None
+            raise GraftError(f"the setting {key!r} is {first['input']!r}: {first['msg'].lower()}.") from None
+
+
+class FitConfig(Settings):
+    """Everything that decides what a run computes."""
 
     data: str = Field(description="file or folder with the training rows")
     model: str = Field("smollm2", description="packaged model, folder or hub id")
@@ -42,20 +62,6 @@ class FitConfig(BaseModel):
     @property
     def folder(self) -> Path:
         return Path(self.output)
-
-    @classmethod
-    def make(cls, values: dict[str, Any]) -> FitConfig:
-        """The config of these values; raises :class:`GraftError` in one sentence for the first that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            if first["type"] == "extra_forbidden":
-                raise GraftError(f"there is no setting {key!r}; {nearest(key, cls.model_fields)}") from None
-            if first["type"] == "missing":
-                raise GraftError(f"the setting {key!r} is missing; it is the {cls.model_fields[key].description}.") from None
-            raise GraftError(f"the setting {key!r} is {first['input']!r}: {first['msg'].lower()}.") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.data.encoding import IGNORED, answer_text, collator, encode, encode_prompt, tokens
+from graft.data.encoding import IGNORED, Encoded, answer_text, collator, encode, encode_prompt, tokens
 from graft.data.reading import Table
 
 if TYPE_CHECKING:
@@ -20,15 +20,23 @@ if TYPE_CHECKING:
 
 MAX_CHOICES = 20  # up to so many distinct answers, a row is a choice among them
 Progress = Callable[[int, int], None]  # (rows done, of how many)
+Match = Literal["exact", "number"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures, how they were found, and what was said to each row (empty for plain text)."""
+    """The figures, how they were found, and what lies behind them row by row.
+
+    ``predictions``: what was said to each row (empty for plain text); ``correct``: whether it was right (empty for plain text);
+    ``losses``: the negative log-likelihood of the right answer in nats: among the choices or labels where there are some, else the
+    mean over its tokens (for plain text one for each piece of at most ``max_length`` tokens).
+    """
 
     metrics: dict[str, float]
     rule: str
     predictions: list[str]
+    correct: list[bool] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -39,13 +47,17 @@ def evaluate(
     *,
     max_length: int = 512,
     batch_size: int = 16,
+    choices: Sequence[str] | None = None,
+    match: Match = "exact",
+    new_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Scores the model on a table, in eval mode.
 
-    ``answers``: with at most 20 distinct answers the likeliest of them is taken (by the first token where that tells them apart,
-    else by the whole answer's likelihood), otherwise greedy generation must give the answer, compared without case and spaces.
-    ``labels``: the head's largest logit. ``text``: mean loss a token, and perplexity.
+    ``answers``: with at most 20 ``choices`` (by default the table's distinct answers) the likeliest of them is taken: by the first token
+    that tells them all apart, else by the whole answer's likelihood. Otherwise greedy generation of up to ``new_tokens`` (by default the
+    longest answer's) must give the answer, compared without case and spaces; with ``match="number"`` its last number must equal the
+    answer. ``labels``: the head's largest logit. ``text``: mean loss a token, and perplexity.
     """
     was_training = model.training
     model.eval()
@@ -54,9 +66,10 @@ def evaluate(
             return _by_head(model, tokenizer, table, max_length, batch_size, progress)
         if table.kind == "text":
             return _by_loss(model, tokenizer, table, max_length, batch_size, progress)
-        if len(table.labels) <= MAX_CHOICES:
-            return _by_choice(model, tokenizer, table, max_length, batch_size, progress)
-        return _by_generation(model, tokenizer, table, max_length, batch_size, progress)
+        choices = sorted({*table.labels, *choices}) if choices is not None else table.labels
+        if match == "exact" and len(choices) <= MAX_CHOICES:
+            return _by_choice(model, tokenizer, table, choices, max_length, batch_size, progress)
+        return _by_generation(model, tokenizer, table, match, new_tokens, max_length, batch_size, progress)
     finally:
         model.train(was_training)
 
@@ -70,13 +83,29 @@ def _batches(lengths: Sequence[int], batch_size: int, progress: Progress | None)
             progress(min(start + batch_size, len(order)), len(order))
 
 
-def _accuracy(table: Table, column: str, predictions: list[str], rule: str) -> Evaluation:
-    right = sum(_plain(said) == _plain(row[column]) for said, row in zip(predictions, table.rows, strict=True))
-    return Evaluation({"accuracy": right / len(table), "rows": len(table)}, rule, predictions)
+def _accuracy(table: Table, column: str, predictions: list[str], losses: list[float], rule: str, match: Match = "exact") -> Evaluation:
+    same = _same_number if match == "number" else _same_text
+    correct = [same(said, row[column]) for said, row in zip(predictions, table.rows, strict=True)]
+    metrics = {"accuracy": sum(correct) / len(table), "loss": sum(losses) / len(table), "rows": len(table)}
+    return Evaluation(metrics, rule, predictions, correct, losses)
+
+
+def _same_text(said: str, answer: str) -> bool:
+    return _plain(said) == _plain(answer)
 
 
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+def _same_number(said: str, answer: str) -> bool:
+    numbers = [_last_number(text) for text in (said, answer)]
+    return None not in numbers and math.isclose(*numbers, rel_tol=1e-6, abs_tol=1e-9)  # type: ignore[arg-type]
+
+
+def _last_number(text: str) -> float | None:
+    found = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?|(?<!\d)-?\.\d+", text)
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def _last_logits(model: PreTrainedModel, ids: list[list[int]], pad: int) -> Tensor:
@@ -89,22 +118,34 @@ def _last_logits(model: PreTrainedModel, ids: list[list[int]], pad: int) -> Tens
     return logits.float()
 
 
-def _by_choice(model: Any, tokenizer: Any, table: Table, max_length: int, batch_size: int, progress: Progress | None) -> Evaluation:
-    choices = table.labels
+def _by_choice(
+    model: Any, tokenizer: Any, table: Table, choices: list[str], max_length: int, batch_size: int, progress: Progress | None
+) -> Evaluation:
     endings = [tokens(tokenizer, answer_text(tokenizer, "x", choice)) for choice in choices]
     longest = max(map(len, endings))
     prompts = [encode_prompt(tokenizer, row["prompt"], max_length - longest)[0] for row in table.rows]
-    predictions = [""] * len(prompts)
-    by_first = len({ending[0] for ending in endings}) == len(choices)
+    shared = _common_start(endings)
+    deciding = [ending[len(shared)] for ending in endings if len(ending) > len(shared)]
+    by_token = len(set(deciding)) == len(choices)
+    right = {choice: index for index, choice in enumerate(choices)}
+    predictions, losses = [""] * len(prompts), [0.0] * len(prompts)
     for indices in _batches([len(p) for p in prompts], batch_size, progress):
-        if by_first:
-            scores = _last_logits(model, [prompts[i] for i in indices], tokenizer.pad_token_id)[:, [ending[0] for ending in endings]]
+        if by_token:
+            scores = _last_logits(model, [prompts[i] + shared for i in indices], tokenizer.pad_token_id)[:, deciding]
         else:
             scores = _likelihoods(model, [prompts[i] for i in indices], endings, tokenizer.pad_token_id)
-        for index, best in zip(indices, scores.argmax(1).tolist(), strict=True):
-            predictions[index] = choices[best]
-    rule = f"likeliest of {len(choices)} answers by its {'first token' if by_first else 'whole text'}"
-    return _accuracy(table, "answer", predictions, rule)
+        for index, best, logs in zip(indices, scores.argmax(1).tolist(), scores.log_softmax(1), strict=True):
+            predictions[index], losses[index] = choices[best], -float(logs[right[table.rows[index]["answer"]]])
+    first = "first token" if not shared else "first token that differs"
+    return _accuracy(table, "answer", predictions, losses, f"likeliest of {len(choices)} answers by its {first if by_token else 'whole text'}")
+
+
+def _common_start(sequences: list[list[int]]) -> list[int]:
+    """The tokens that all sequences begin with."""
+    length = 0
+    while all(len(s) > length for s in sequences) and len({s[length] for s in sequences}) == 1 and len(sequences) > 1:
+        length += 1
+    return sequences[0][:length]
 
 
 def _likelihoods(model: Any, prompts: list[list[int]], endings: list[list[int]], pad: int) -> Tensor:
@@ -124,14 +165,30 @@ def _token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
 
 
-def _by_generation(model: Any, tokenizer: Any, table: Table, max_length: int, batch_size: int, progress: Progress | None) -> Evaluation:
-    room = max(len(tokens(tokenizer, answer_text(tokenizer, "x", row["answer"]))) for row in table.rows)
+def _by_generation(
+    model: Any, tokenizer: Any, table: Table, match: Match, new_tokens: int | None, max_length: int, batch_size: int, progress: Progress | None
+) -> Evaluation:
+    room = new_tokens or max(len(tokens(tokenizer, answer_text(tokenizer, "x", row["answer"]))) for row in table.rows)
     prompts = [encode_prompt(tokenizer, row["prompt"], max_length - room)[0] for row in table.rows]
     predictions = [""] * len(prompts)
     for indices in _batches([len(p) for p in prompts], batch_size, progress):
         for index, said in zip(indices, _generate(model, tokenizer, [prompts[i] for i in indices], room), strict=True):
             predictions[index] = said
-    return _accuracy(table, "answer", predictions, f"greedy generation of up to {room} tokens, exact match")
+    losses = mean_losses(model, tokenizer, encode(table, tokenizer, max_length), batch_size)
+    rule = f"greedy generation of up to {room} tokens, {'last number' if match == 'number' else 'exact match'}"
+    return _accuracy(table, "answer", predictions, losses, rule, match)
+
+
+@torch.inference_mode()
+def mean_losses(model: Any, tokenizer: Any, encoded: Encoded, batch_size: int = 16, progress: Progress | None = None) -> list[float]:
+    """The mean loss a labelled token of every example (nats)."""
+    losses = [0.0] * len(encoded)
+    for indices in _batches([len(e["input_ids"]) for e in encoded.examples], batch_size, progress):
+        batch = collator(tokenizer.pad_token_id)([encoded[i] for i in indices])
+        counts = (batch["labels"][:, 1:] != IGNORED).sum(1)
+        for index, loss in zip(indices, (_token_losses(model, batch).sum(1).cpu() / counts).tolist(), strict=True):
+            losses[index] = loss
+    return losses
 
 
 def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int) -> list[str]:
@@ -154,22 +211,22 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 def _by_head(model: Any, tokenizer: Any, table: Table, max_length: int, batch_size: int, progress: Progress | None) -> Evaluation:
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    encoded, predictions = encode(table, tokenizer, max_length, names), [""] * len(table)
+    encoded = encode(table, tokenizer, max_length, names)
+    predictions, losses = [""] * len(table), [0.0] * len(table)
     device = next(model.parameters()).device
     for indices in _batches([len(e["input_ids"]) for e in encoded.examples], batch_size, progress):
         batch = collator(tokenizer.pad_token_id)([encoded[i] for i in indices])
-        logits = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)).logits
-        for index, best in zip(indices, logits.argmax(1).tolist(), strict=True):
-            predictions[index] = names[best]
-    return _accuracy(table, "label", predictions, f"largest of {len(names)} logits of the head")
+        logits = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)).logits.float().cpu()
+        own = F.cross_entropy(logits, batch["labels"], reduction="none").tolist()
+        for index, best, loss in zip(indices, logits.argmax(1).tolist(), own, strict=True):
+            predictions[index], losses[index] = names[best], loss
+    return _accuracy(table, "label", predictions, losses, f"largest of {len(names)} logits of the head")
 
 
 def _by_loss(model: nn.Module, tokenizer: Any, table: Table, max_length: int, batch_size: int, progress: Progress | None) -> Evaluation:
     encoded = encode(table, tokenizer, max_length)
-    total, count = 0.0, 0
-    for indices in _batches([len(e["input_ids"]) for e in encoded.examples], batch_size, progress):
-        batch = collator(tokenizer.pad_token_id)([encoded[i] for i in indices])
-        total += float(_token_losses(model, batch).sum())
-        count += int((batch["labels"][:, 1:] != IGNORED).sum())
-    loss = total / count
-    return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count}, "mean loss a token", [])
+    losses, counts = mean_losses(model, tokenizer, encoded, batch_size, progress), [len(e["input_ids"]) - 1 for e in encoded.examples]
+    count = sum(counts)
+    loss = sum(own * number for own, number in zip(losses, counts, strict=True)) / count
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count}
+    return Evaluation(metrics, "mean loss a token", [], losses=losses)

@@ -16,9 +16,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -42,17 +43,23 @@ from graft.training.fuse import Fused, fuse
 from graft.training.memory import keep_freed, peak
 from graft.training.rates import use_measured
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 Progress = Callable[[int, int, dict[str, Any]], None]  # (updates done, of how many, the last line of metrics.jsonl)
+Look = Callable[[Adapter, "PreTrainedTokenizerBase", int], None]  # (the adapter on its model, the tokenizer, updates done)
 
 
-def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = None, look: Look | None = None) -> dict[str, Any]:
     """Fine-tunes as ``config`` says and returns what ``run.json`` holds.
 
     Writes into ``config.output``: the adapter, ``run.json``, ``metrics.jsonl`` (a line an update) and checkpoints on the way. With
-    ``resume`` the run goes on from its newest checkpoint and ends with the same weights as one that was never stopped.
+    ``resume`` the run goes on from its newest checkpoint and ends with the same weights as one that was never stopped. ``look`` is called
+    after every update, outside the measured time; it may run the model, and changes nothing.
     Raises :class:`GraftError` for anything wrong with data, method or folder, before anything is written.
     """
+    began = time.perf_counter()
     if distributed.start():
         config = config.model_copy(update={"shard": True})
     folder, first = config.folder, distributed.rank() == 0
@@ -93,7 +100,7 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
 
     if config.shard:
         distributed.shard(model, adapter)
-    record = _Recorder(folder / METRICS, progress)
+    record = _Recorder(folder / METRICS, progress, partial(look, adapter, tokenizer) if look else None)
     trainer = GraftTrainer(
         model=model, args=_arguments(config), train_dataset=encoded, optimizers=(optimizer, None), callbacks=[record] if first else [],
         data_collator=packing_collator(tokenizer.pad_token_id) if pack else collate,
@@ -107,6 +114,7 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
             folder.mkdir(parents=True, exist_ok=True)
             write_folder(folder, {RUN: to_json({"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})})
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
+    setup = time.perf_counter() - began
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # the bound hooks hide the first call
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -117,7 +125,7 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     with distributed.together():
         if first:
             speed = {"tokens_per_second": sum(tokens) / max(sum(record.seconds), 1e-9), "peak_memory_bytes": max(memory)}
-            speed |= {"packed": pack, "fused": dict(fused.parts) if fused else {}}
+            speed |= {"seconds": setup + record.total, "packed": pack, "fused": dict(fused.parts) if fused else {}}
             run = _finish(config, adapter, table, encoded, record, speed)
     result: dict[str, Any] = distributed.gather(run)[0]
     return result
@@ -290,15 +298,17 @@ class GraftTrainer(transformers.Trainer):
 class _Recorder(TrainerCallback):
     """Writes a line of metrics an update, and tells whoever watches."""
 
-    def __init__(self, path: Path, progress: Progress | None):
-        self.path, self.progress = path, progress
-        self.seconds: list[float] = []
+    def __init__(self, path: Path, progress: Progress | None, look: Callable[[int], None] | None = None):
+        self.path, self.progress, self.look = path, progress, look
+        self.seconds: list[float] = []  # of the updates of this process
+        self.total = 0.0  # seconds of all updates, those before a resume too
         self.last: dict[str, Any] = {"loss": None}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= state.global_step] if state.global_step else []
         self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.total = sum(json.loads(line)["seconds"] for line in kept)
         if kept:
             self.last = json.loads(kept[-1])
 
@@ -307,6 +317,7 @@ class _Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.began)
+        self.total += self.seconds[-1]
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -319,6 +330,8 @@ class _Recorder(TrainerCallback):
             file.write(json.dumps(self.last) + "\n")
         if self.progress:
             self.progress(state.global_step, state.max_steps, self.last)
+        if self.look:
+            self.look(state.global_step)
 
 
 def _step(line: str) -> int:

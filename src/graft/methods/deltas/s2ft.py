@@ -137,8 +137,14 @@ class S2FT(DeltaConfig):
         return out_features * max(1, round(self.down * in_features)) if self.down else 0
 
     def total(self, targets: Sequence[Target]) -> int:
-        shares = {"down": self.down, "up": self.up, "o": self.o, "v": self.v}
-        return sum(round(shares.get(target.role, 0.0) * target.shape[0] * target.shape[1]) for target in targets)
+        """Exact for MLP channels; heads are wider than one channel, so shares of them are rounded to whole heads when they are chosen."""
+        shares, total = {"down": self.down, "up": self.up, "o": self.o, "v": self.v}, 0
+        for target in targets:
+            rows, columns = target.shape
+            width, units = (rows, columns) if target.role in ("down", "o") else (columns, rows)
+            share = shares.get(target.role, 0.0)
+            total += width * max(1, round(share * units)) if share else 0
+        return total
 
 
 def unit_width(target: Target, model: nn.Module) -> int:

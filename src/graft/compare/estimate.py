@@ -1,0 +1,141 @@
+"""Time and memory of a comparison beforehand: a few real updates of each contender, on rows from the shortest to the longest.
+
+Rows at even distances in the order of their length stand for all of them, the longest included, so the time of an update is typical and the
+memory is the highest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.compare.contenders import Contender
+from graft.compare.plan import Run, Wanted
+from graft.compare.workers import LOG, stand_alone
+from graft.core.errors import GraftError
+from graft.data.reading import COLUMNS, Table, read
+
+if TYPE_CHECKING:
+    from graft.compare.comparison import Comparison
+
+UPDATES = 4
+ROWS = 32  # of the validation rows that are scored
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of everything around the updates of one run, of an update, of a scored row; bytes at the highest; how many runs there are."""
+
+    setup: float
+    update: float
+    row: float
+    memory: int
+    runs: int
+    tests: int
+
+    def seconds(self, steps: int, validation_rows: int, test_rows: int) -> float:
+        """All runs of the contender, one after another."""
+        return self.runs * (self.setup + steps * self.update + validation_rows * self.row) + self.tests * test_rows * self.row
+
+
+def estimate(comparison: Comparison, contender: Contender) -> Estimate | str:
+    """The estimate of one contender; what went wrong, in a sentence, where it fails."""
+    config = comparison.config
+    searched = len(config.lrs) + (2 if config.refine and len(config.lrs) > 1 else 0) if config.tune == "lr" else 0
+    tests = config.seeds if contender.draws else 1
+    runs = max(searched + tests - 1, tests) if contender.trains else tests
+    with tempfile.TemporaryDirectory() as folder:
+        receive, send = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+        process = multiprocessing.get_context("forkserver").Process(target=_probe, args=(send, folder, comparison, contender))
+        process.start()
+        send.close()
+        try:
+            found = receive.recv()
+        except EOFError:
+            process.join()
+            return f"its process ended with code {process.exitcode}."
+        process.join()
+    return found if isinstance(found, str) else Estimate(**found, runs=runs, tests=tests)
+
+
+def _probe(send: Any, folder: str, comparison: Comparison, contender: Contender) -> None:
+    """What the process of an estimate does."""
+    from graft.compare import job
+    from graft.training.memory import peak
+
+    stand_alone(Path(folder) / LOG)
+    try:
+        config = comparison.config.model_copy(update={"steps": UPDATES, "prune": False})
+        path, splits = Path(folder) / "run", Path(folder) / "data"
+        shutil.copytree(comparison.splits.folder, splits)
+        train, validation = (read(splits / f"{name}.jsonl", kind=comparison.splits.kind) for name in ("train", "validation"))
+        _write(splits / "train.jsonl", _spread(train, UPDATES * config.batch_size * config.accumulation))
+        few = _spread(validation, ROWS)
+        _write(splits / "validation.jsonl", few)
+        run = Run(contender.name, config.lrs[len(config.lrs) // 2] if contender.trains else None, 0)
+        used = type(comparison.splits)(**{**vars(comparison.splits), "folder": str(splits)})
+        job.write(path, Wanted(run, test=False), contender, config, used, threads=max(1, multiprocessing.cpu_count()))
+        began = time.perf_counter()
+        job.run_job(path)
+        whole = time.perf_counter() - began
+        result = json.loads((path / job.RESULT).read_text())
+        if result["state"] == "failed":
+            send.send(str(result["error"]))
+            return
+        updates = _updates(path)
+        row = result["seconds_scoring"] / len(few)
+        send.send(
+            {"setup": max(0.0, whole - sum(updates) - result["seconds_scoring"]), "update": statistics.median(updates[1:]) if updates else 0.0,
+             "row": row, "memory": peak()}
+        )  # fmt: skip
+    except GraftError as error:
+        send.send(str(error))
+
+
+def _updates(path: Path) -> list[float]:
+    from graft.training.fit import METRICS
+
+    file = path / METRICS
+    return [json.loads(line)["seconds"] for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _spread(table: Table, count: int) -> Table:
+    """``count`` rows at even distances in the order of their length, the shortest and the longest among them."""
+    order = sorted(range(len(table)), key=lambda index: sum(map(len, table.rows[index].values.values())))
+    count = min(count, len(table))
+    places = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
+    return Table([table.rows[order[place]] for place in places], table.kind, table.path)
+
+
+def _write(path: Path, table: Table) -> None:
+    columns = COLUMNS[table.kind]
+    path.write_text("".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in table.rows), encoding="utf-8")
+
+
+def total_seconds(comparison: Comparison, found: Mapping[str, Estimate | str], slots: int, steps: int | None = None) -> float:
+    """All runs of all contenders."""
+    config, rows = comparison.config, comparison.splits.rows
+    each = [e.seconds(config.steps if steps is None else steps, rows["validation"], rows["test"]) for e in found.values() if isinstance(e, Estimate)]
+    return sum(each) / slots
+
+
+def steps_for(comparison: Comparison, found: Mapping[str, Estimate | str], slots: int) -> int:
+    """The most updates with which everything takes no longer than ``minutes``; raises :class:`GraftError` where even two are too many."""
+    minutes = comparison.config.minutes
+    assert minutes is not None
+    fixed, one = total_seconds(comparison, found, slots, 0), total_seconds(comparison, found, slots, 1)
+    steps = math.floor((60 * minutes - fixed) / max(one - fixed, 1e-9))
+    if steps < 2:
+        raise GraftError(
+            f"{minutes:g} minutes are not enough: everything but the updates takes about {fixed / 60:.0f}; give more, fewer methods or --seeds 1."
+        )
+    return steps
