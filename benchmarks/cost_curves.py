@@ -4,7 +4,7 @@
     python benchmarks/cost_curves.py --curves rank --values 8 64 --pairs 1 --steps 2
 
 LoRA on SmolLM2-135M, alpha twice the rank, every position labelled; from 4 x 128 tokens, rank 8 and all linear maps one thing changes at a
-time. The length goes from 64 to 2,048 at a constant 2,048 tokens a batch (32 x 64 to 1 x 2048): then the linear maps cost the same at every
+time (ranks without k and v, which have no more than 192). The length goes from 64 to 2,048 at a constant 2,048 tokens a batch (32 x 64 to 1 x 2048): then the linear maps cost the same at every
 length, and what changes is attention. Token ids are random, since time does not depend on them. Blocks run in processes of their own, in
 the order ours, PEFT, PEFT, ours, ... as in benchmarks/training_step.py.
 
@@ -153,8 +153,9 @@ def markdown(report: dict[str, Any]) -> str:
     return f"""# What a step costs: rank, length, targets
 
 LoRA on SmolLM2-135M, every position labelled, random token ids. One thing changes at a time from rank {RANK}, {BATCH} x {LENGTH}
-tokens and all linear maps (ranks: on {WIDE}, whose 192 rows allow no more ranks); the length changes at {TOKENS:,} tokens a batch. Seconds of the median step, MiB above the loaded model;
-{report["pairs"]} pairs of blocks of {report["steps"]} steps, ratios within pairs with the lowest and the highest. Lower is better.
+tokens and all linear maps (ranks: on {WIDE}, whose 192 rows allow no more ranks); the length changes at {TOKENS:,} tokens a batch.
+Seconds of the median step, MiB above the loaded model; {report["pairs"]} pairs of blocks of {report["steps"]} steps, ratios within pairs
+with the lowest and the highest. Lower is better.
 
 {(chr(10) * 2).join(parts)}
 
