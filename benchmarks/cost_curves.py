@@ -4,9 +4,9 @@
     python benchmarks/cost_curves.py --curves rank --values 8 64 --pairs 1 --steps 2
 
 LoRA on SmolLM2-135M, alpha twice the rank, every position labelled; from 4 x 128 tokens, rank 8 and all linear maps one thing changes at a
-time (ranks without k and v, which have no more than 192). The length goes from 64 to 2,048 at a constant 2,048 tokens a batch (32 x 64 to 1 x 2048): then the linear maps cost the same at every
-length, and what changes is attention. Token ids are random, since time does not depend on them. Blocks run in processes of their own, in
-the order ours, PEFT, PEFT, ours, ... as in benchmarks/training_step.py.
+time (ranks without k and v, which have no more than 192). The length goes from 64 to 2,048 at a constant 2,048 tokens a batch (32 x 64 to
+1 x 2048): then the linear maps cost the same at every length, and what changes is attention. Token ids are random, since time does not
+depend on them. Blocks run in processes of their own, in the order ours, PEFT, PEFT, ours, ... as in benchmarks/training_step.py.
 
 From rank 64 on each pair in fp32 is followed by two blocks of ours: with the contraction planner at rates measured on this machine
 ("planned"), and with the thin order of products always ("thin"). Without either the planner counts operations; see kernels/plan.py.
