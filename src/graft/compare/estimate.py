@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
+import os
 import shutil
 import statistics
 import tempfile
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.compare.contenders import Contender
 from graft.compare.plan import Run, Wanted
-from graft.compare.workers import LOG, stand_alone
+from graft.compare.workers import LOG, fresh_processes, stand_alone
 from graft.core.errors import GraftError
 from graft.data.reading import COLUMNS, Table, read
 
@@ -54,8 +54,8 @@ def estimate(comparison: Comparison, contender: Contender) -> Estimate | str:
     tests = config.seeds if contender.draws else 1
     runs = max(searched + tests - 1, tests) if contender.trains else tests
     with tempfile.TemporaryDirectory() as folder:
-        receive, send = multiprocessing.get_context("forkserver").Pipe(duplex=False)
-        process = multiprocessing.get_context("forkserver").Process(target=_probe, args=(send, folder, comparison, contender))
+        receive, send = fresh_processes().Pipe(duplex=False)
+        process = fresh_processes().Process(target=_probe, args=(send, folder, comparison, contender))
         process.start()
         send.close()
         try:
@@ -83,7 +83,7 @@ def _probe(send: Any, folder: str, comparison: Comparison, contender: Contender)
         _write(splits / "validation.jsonl", few)
         run = Run(contender.name, config.lrs[len(config.lrs) // 2] if contender.trains else None, 0)
         used = type(comparison.splits)(**{**vars(comparison.splits), "folder": str(splits)})
-        job.write(path, Wanted(run, test=False), contender, config, used, threads=max(1, multiprocessing.cpu_count()))
+        job.write(path, Wanted(run, test=False), contender, config, used, threads=max(1, os.cpu_count() or 1))
         began = time.perf_counter()
         job.run_job(path)
         whole = time.perf_counter() - began

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +43,13 @@ class Workers(Protocol):
         """Kills all runs."""
 
 
+def fresh_processes() -> ForkServerContext:
+    """Where processes come from that have the libraries and no past."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["graft.compare.job"])
+    return context
+
+
 class LocalWorkers:
     """``slots`` processes at a time, each with its share of the cores."""
 
@@ -49,12 +57,10 @@ class LocalWorkers:
 
     def __init__(self, slots: int = 1):
         self.slots, self.threads = slots, max(1, (os.cpu_count() or 1) // slots)
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["graft.compare.job"])
         self.running: dict[Path, BaseProcess] = {}
 
     def start(self, folder: Path) -> None:
-        process = self.context.Process(target=work, args=(str(folder),), daemon=False)
+        process = fresh_processes().Process(target=work, args=(str(folder),), daemon=False)
         process.start()
         self.running[folder] = process
 
