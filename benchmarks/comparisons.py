@@ -24,11 +24,11 @@ RESULTS = ROOT / "docs" / "results"
 SOME = ("dora", "shira", "galore", "randlora", "s2ft", "lora-ga")  # beside the baselines, for SmolLM2
 SMOLLM2 = {"model": "smollm2", "dtype": "bfloat16", "batch_size": 8, "refine": False, "seeds": 3}
 CASES: dict[str, dict[str, Any]] = {
-    "agnews-minilm": {"data": "agnews", "model": "minilm", "steps": 60, "batch_size": 16, "max_length": 96},
-    "imdb-minilm": {"data": "imdb", "model": "minilm", "steps": 60, "batch_size": 8, "max_length": 192},
-    "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "methods": SOME, "steps": 40, "max_length": 160, "test_rows": 200, "validation_rows": 60},
+    "agnews-minilm": {"data": "agnews", "model": "minilm", "steps": 40, "batch_size": 16, "max_length": 96},
+    "imdb-minilm": {"data": "imdb", "model": "minilm", "steps": 40, "batch_size": 8, "max_length": 160},
+    "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "methods": SOME, "steps": 30, "max_length": 160, "test_rows": 200, "validation_rows": 60},
     "arithmetic-smollm2": {
-        **SMOLLM2, "data": "arithmetic", "methods": SOME, "steps": 40, "max_length": 224, "test_rows": 60, "validation_rows": 60, "match": "number",
+        **SMOLLM2, "data": "arithmetic", "methods": SOME, "steps": 30, "max_length": 224, "test_rows": 60, "validation_rows": 60, "match": "number",
     },
 }  # fmt: skip
 
