@@ -485,3 +485,39 @@ def test_parts_that_would_undo_or_ignore_each_other_are_refused() -> None:
     adapter = graft.attach(tiny.llama(), graft.LoRA(rank=2, lr_ratio=4.0), optimiser=graft.GaLore(rank=2))
     with pytest.raises(graft.GraftError, match="GaLore has one learning rate and would ignore that LoRA asks for several"):
         adapter.optimizer(lr=1e-3, total_steps=2)
+
+
+def test_the_loss_of_rounding_does_not_depend_on_how_it_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graft.core import slot
+
+    generator = torch.Generator().manual_seed(0)
+    base, exact = torch.randn(2, 13, 7, generator=generator)
+    stored = exact.to(torch.bfloat16)
+    wanted = float((stored.double() - exact.double()).norm() / (exact - base).double().norm())
+    for chunk in (1, 20, 1 << 16):
+        monkeypatch.setattr(slot, "CHUNK", chunk)
+        assert slot.rounding_loss(base, exact, stored) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_fingerprint_does_not_depend_on_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graft.core import hashing
+
+    whole = hashing.fingerprint(tiny.llama())
+    monkeypatch.setattr(hashing, "CHUNK", 7)
+    assert hashing.fingerprint(tiny.llama()) == whole
+    changed = tiny.llama()
+    with torch.no_grad():
+        changed.lm_head.weight[-1, -1] += 1
+    assert hashing.fingerprint(changed) != whole
+
+
+def test_a_merged_copy_does_not_follow_the_training() -> None:
+    model = tiny.llama()
+    adapter = graft.attach(model, "full")
+    adapter.merge()
+    batch = {name: value for name, value in tiny.causal_batches(1)[0].items() if name != "labels"}
+    before = model(**batch).logits
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(model(**batch).logits, before)
