@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(place: Path, output: Path, kind: str = "answers", **values: Any) -> Comparison:
     model = place / ("encoder" if kind == "labels" else "causal")
-    return prepare_comparison(CompareConfig.make({**SMALL, "data": str(place / kind), "model": str(model), "output": str(output), **values}))
+    values = {**SMALL, "data": str(place / kind), "model": str(model), "output": str(output), **values}
+    return prepare_comparison(CompareConfig.make({key: value for key, value in values.items() if value is not None}))
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +140,7 @@ def test_nothing_is_left_to_do_and_other_settings_are_refused(place: Path, done:
     again = prepared(place, comparison.folder, methods=["shira", "lora:rank=2", "adalora"])
     compare(again, LocalWorkers(1))
     assert {path: path.stat().st_mtime_ns for path in comparison.folder.rglob(PREDICTIONS)} == stamps
-    lines = [{**json.loads(line), "jobs": None} for line in before.splitlines()]
-    assert [{**record.line, "jobs": None} for record in load_records(comparison.folder)] == lines
+    assert [record.line for record in load_records(comparison.folder)] == [json.loads(line) for line in before.splitlines()]
     with pytest.raises(GraftError, match="holds a comparison with steps = 4, not 5"):
         prepared(place, comparison.folder, methods=["shira", "lora:rank=2", "adalora"], steps=5)
 
@@ -284,6 +285,33 @@ def test_methods_that_cannot_be(text: str, said: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"kind": "labels", "match": "number"}, "match = 'number' is for answers that are written, and these rows are labels"),
+        ({"kind": "labels", "shots": 2}, "shots = 2 is for few-shot prompting, and these rows are labels"),
+        ({"kind": "labels", "methods": ["few-shot"]}, "the baseline few-shot is not for rows of kind 'labels'"),
+        ({"methods": ["linear-probe"]}, "the baseline linear-probe is not for rows of kind 'answers'"),
+        ({"refine": True, "lrs": [1e-3]}, "refine tries rates around the best of several, but lrs has one"),
+        ({"minutes": 5}, "minutes sets the number of updates, so steps cannot be given beside it"),
+        ({"general": "nowhere.txt"}, "there is no data file nowhere.txt"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(place: Path, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(GraftError, match=re.escape(said)):
+        prepared(place, tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_number_counts_also_where_answers_are_few(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 24), ("test", 8)):
+        rows = [{"prompt": f"the {folders.WORDS[i % 20]} {name}", "answer": str(i % 3)} for i in range(count)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = prepared(place, tmp_path / "out", data=str(tmp_path / "data"), match="number", tune="none", lrs=[1e-3], seeds=1)
+    assert {record["rule"].rpartition(", ")[2] for record in compare(comparison) if record["chosen"]} == {"last number"}
+
+
 def test_a_method_named_twice() -> None:
     with pytest.raises(GraftError, match="twice"):
         contenders(CompareConfig.make({"data": "d", "output": "o", "methods": ["dora", "dora"]}), "text")
@@ -321,9 +349,9 @@ def test_estimates_are_within_a_factor_of_two(place: Path, tmp_path: Path) -> No
 
 
 def test_a_budget_of_minutes_sets_the_updates(place: Path, tmp_path: Path) -> None:
-    comparison = prepared(place, tmp_path / "out", kind="labels", seeds=1, tune="none", lrs=[1e-3], minutes=2)
+    comparison = prepared(place, tmp_path / "out", kind="labels", seeds=1, tune="none", lrs=[1e-3], steps=None, minutes=2)
     assert comparison.config.steps > SMALL["steps"]
-    again = prepared(place, tmp_path / "out", kind="labels", seeds=1, tune="none", lrs=[1e-3], minutes=2)
+    again = prepared(place, tmp_path / "out", kind="labels", seeds=1, tune="none", lrs=[1e-3], steps=None, minutes=2)
     assert again.config.steps == comparison.config.steps
     with pytest.raises(GraftError, match="minutes are not enough"):
-        prepared(place, tmp_path / "short", kind="labels", seeds=1, tune="none", lrs=[1e-3], minutes=0.01)
+        prepared(place, tmp_path / "short", kind="labels", seeds=1, tune="none", lrs=[1e-3], steps=None, minutes=0.01)

@@ -77,3 +77,23 @@ def test_the_live_table_shows_what_is_going_on() -> None:
     assert "30/100" in said
     assert "0.5000" in said
     assert "1 min 35 s" in said
+
+
+@pytest.mark.parametrize("extra", [("--jobs", "2"), ("--dry-run",), ("--ray", "auto"), ("--config", "x.yaml"), ("--seeds", "2")])
+def test_loading_refuses_what_is_for_running(place: Path, extra: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["compare", "--load", str(place), *extra])
+    assert result.exit_code == 2
+    assert f"{extra[0]} has no meaning" in result.stderr
+
+
+@pytest.mark.parametrize("extra", [("--dry-run",), ("--budget", "minutes=5")])
+def test_a_cluster_is_not_estimated(place: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    given = ["compare", str(place / "rows.jsonl"), "--model", str(place / "model"), "--output", str(tmp_path / "out"), "--ray", "auto"]
+    result = CliRunner().invoke(app, [*given, *extra])
+    assert result.exit_code == 2
+    assert "time is estimated on this machine" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_runs_at_a_time(place: Path, tmp_path: Path) -> None:
+    assert run(place, tmp_path / "out", "--jobs", "0").exit_code == 2

@@ -37,7 +37,7 @@ def compare(
         str | None, typer.Option(help="A generated answer is right if: exact (same text), number (same last number). [default: exact]")
     ] = None,
     prune: Annotated[bool | None, typer.Option("--prune", help="Stop clearly losing runs early.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each with its share of the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each with its share of the cores.", min=1)] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that does the runs.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time and memory of each method, by a few updates.")] = False,
     load: Annotated[list[str] | None, typer.Option(help="Put earlier comparisons together: --load DIR1 --load DIR2, or --load DIR1 DIR2.")] = None,
@@ -58,6 +58,7 @@ def compare(
     from graft.compare.report import write_reports
     from graft.compare.results import together, write_together
     from graft.core.errors import GraftError
+    from graft.data.reading import read
     from graft.training.config import read_yaml
 
     given: dict[str, Any] = {
@@ -67,7 +68,8 @@ def compare(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     if load:
-        extra = sorted(set(given) - {"output", "data"})
+        run = {"jobs": jobs != 1, "ray": ray is not None, "dry_run": dry_run, "config": config is not None}
+        extra = sorted({*given, *(name for name, wanted in run.items() if wanted)} - {"output", "data"})
         if extra:
             raise GraftError(f"--load only puts earlier results together, so --{extra[0].replace('_', '-')} has no meaning; leave it out.")
         folders = [Path(each) for each in (*load, *([data] if data else []))]
@@ -79,6 +81,8 @@ def compare(
     else:
         if ray and jobs != 1:
             raise GraftError("--jobs is for this machine and --ray for a cluster, which knows its own size; give one of them.")
+        if ray and (dry_run or "minutes" in given):
+            raise GraftError("time is estimated on this machine, so --dry-run and --budget minutes say nothing about a --ray cluster; leave one out.")
         checked = CompareConfig.make({**(read_yaml(config) if config else {}), **given})
         with show.waiting("preparing") as told:
             comparison = prepare_comparison(checked, jobs, told)
@@ -87,9 +91,9 @@ def compare(
         if dry_run:
             _estimate(comparison, jobs, json_)
             return
-        with _live(comparison.config.steps) as watch:
+        with _Live() as watch:
             records = run_comparison(comparison, _workers(jobs, ray), watch)
-        folder, (_, table) = comparison.folder, together([comparison.folder])
+        folder, table = comparison.folder, read(comparison.splits.path("test"), kind=comparison.splits.kind)
     try:
         answer = Answer(records)
     except ValueError:
@@ -103,7 +107,7 @@ def compare(
     show.out.print(answer.text)
     columns = ("method", answer.measure, "place", "parameters", "memory", "s / update", "lr")
     rows = [
-        (e.name, answer.span(e.quality), _place(e.place), f"{e.parameters:,}", show.size(e.memory_bytes),
+        (e.name, answer.span(e.quality), e.places, f"{e.parameters:,}", show.size(e.memory_bytes),
          f"{e.step_seconds:.2f}" if e.step_seconds else "-", f"{e.lr:.1e}" if e.lr else "-")
         for e in answer.entries
     ]  # fmt: skip
@@ -151,10 +155,6 @@ def _budget(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _place(place: tuple[int, int]) -> str:
-    return str(place[0]) if place[0] == place[1] else f"{place[0]}-{place[1]}"
-
-
 def _as_json(answer: Any, folder: Path) -> dict[str, Any]:
     return {
         "answer": answer.text,
@@ -171,7 +171,7 @@ def _estimate(comparison: Any, jobs: int, json_: bool) -> None:
     from graft.compare.estimate import total_seconds
 
     with show.waiting("trying") as told:
-        found = estimates(comparison, told)
+        found = estimates(comparison, jobs, told)
     total = total_seconds(comparison, found, jobs)
     rows = comparison.splits.rows
     described = {
@@ -195,10 +195,10 @@ def _estimate(comparison: Any, jobs: int, json_: bool) -> None:
     )
 
 
-class _live:
+class _Live:
     """The runs as a live table on stderr; where nobody looks, a line for each that ends."""
 
-    def __init__(self, steps: int):
+    def __init__(self) -> None:
         self.live = Live(console=show.err, refresh_per_second=2, transient=True) if show.err.is_terminal else None
         self.told: set[Any] = set()
 

@@ -10,7 +10,7 @@
 ``pruning``      which runs are clearly losing
 ``estimate``     time and memory beforehand
 ``comparison``   the loop over all of it
-``results``      ``results.jsonl``: a line a run
+``results``      ``results.jsonl``: a line a run; ``json_lines`` reads and writes it and its like
 ``statistics``   intervals and paired tests over seeds and examples
 ``answer``       the answer in words
 ``report``       the answer as HTML and Markdown

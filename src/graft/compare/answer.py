@@ -37,6 +37,11 @@ class Entry:
     mergeable: str
     forgetting: float | None
 
+    @property
+    def places(self) -> str:
+        """Its places for a reader."""
+        return "-".join(map(str, dict.fromkeys(self.place)))
+
 
 class Answer:
     """What the records of a comparison say. Raises :class:`ValueError` where no contender has seen the test rows."""
@@ -153,13 +158,14 @@ class Answer:
         return f"On this data {ahead}, but nothing separates it from {listed(others)}: these {len(others) + 1} are tied."
 
     def _trained_best(self) -> list[Entry]:
+        """Those of :attr:`best` that were trained, the highest mean first."""
         return [entry for entry in self.best if entry.parameters]
 
     def _cheaper(self) -> str:
         tied = self._trained_best()
         if len(tied) < 2:
             return ""
-        top, small = max(tied, key=lambda entry: entry.quality.mean), min(tied, key=lambda entry: entry.parameters)
+        top, small = tied[0], min(tied, key=lambda entry: entry.parameters)
         if small.parameters * 1.5 > top.parameters:
             return ""
         return f"Among them {small.name} is within noise of {top.name} with {fraction(small.parameters / top.parameters)} of its parameters."
@@ -168,7 +174,7 @@ class Answer:
         tied = self._trained_best()
         if len(tied) < 2:
             return ""
-        top = max(tied, key=lambda entry: entry.quality.mean)
+        top = tied[0]
         light = min(tied, key=lambda entry: entry.memory_bytes)
         quick = min((entry for entry in tied if entry.step_seconds), key=lambda entry: entry.step_seconds or 0.0, default=top)
         said = []

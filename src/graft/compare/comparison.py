@@ -16,11 +16,12 @@ from typing import Any
 
 from graft.compare import job, plan
 from graft.compare.config import CompareConfig
-from graft.compare.contenders import Contender, contenders, targets_of, within
+from graft.compare.contenders import Contender, contenders, parse, targets_of, within
 from graft.compare.estimate import Estimate, estimate, steps_for
-from graft.compare.plan import Run, Wanted
+from graft.compare.forgetting import general_text
+from graft.compare.plan import Run
 from graft.compare.pruning import Pruner
-from graft.compare.results import RUNS, Record, code_hash, lines, load_records, read_results, write_lines
+from graft.compare.results import RUNS, Record, lines, load_records, read_results, write_lines
 from graft.compare.splits import Splits, facts, prepare
 from graft.compare.workers import LocalWorkers, Workers
 from graft.core.errors import GraftError
@@ -81,7 +82,9 @@ def prepare_comparison(config: CompareConfig, slots: int = 1, told: Callable[[st
         return Comparison(config.model_copy(update={"steps": before["steps"]}), prepare(config), chosen, before["left_out"])
     if config.folder.is_dir() and any(config.folder.iterdir()):
         raise GraftError(f"{config.folder} holds other files; choose an empty or new --output.")
-    contenders(config, "text")  # unknown methods are refused before anything is written
+    for text in config.methods:
+        parse(text)  # what cannot be is refused before anything is written
+    general_text(config.general)
     splits = prepare(config)
     found, left_out = contenders(config, splits.kind), {}
     if config.params is not None:
@@ -93,7 +96,7 @@ def prepare_comparison(config: CompareConfig, slots: int = 1, told: Callable[[st
         found = [contender for contender in sized.values() if contender is not None]
     comparison = Comparison(config, splits, found, left_out)
     if config.minutes is not None:
-        comparison = replace(comparison, config=config.model_copy(update={"steps": steps_for(comparison, estimates(comparison, told), slots)}))
+        comparison = replace(comparison, config=config.model_copy(update={"steps": steps_for(comparison, estimates(comparison, slots, told), slots)}))
     _write_state(comparison, config)
     return comparison
 
@@ -104,13 +107,15 @@ def _write_state(comparison: Comparison, asked: CompareConfig) -> None:
     write_folder(comparison.folder, {STATE: to_json(state)})
 
 
-def estimates(comparison: Comparison, told: Callable[[str], None] | None = None) -> dict[str, Estimate | str]:
-    """Time and memory of each contender, from a few updates of each in a process of its own; the sentence of the error where one fails."""
+def estimates(comparison: Comparison, slots: int = 1, told: Callable[[str], None] | None = None) -> dict[str, Estimate | str]:
+    """Time and memory of each contender where ``slots`` run at a time, from a few updates of each in a process of its own; the sentence of
+    the error where one fails."""
+    threads = LocalWorkers(slots).threads
     found: dict[str, Estimate | str] = {}
     for contender in comparison.contenders:
         if told:
             told(contender.name)
-        found[contender.name] = estimate(comparison, contender)
+        found[contender.name] = estimate(comparison, contender, threads)
     return found
 
 
@@ -127,16 +132,19 @@ def compare(comparison: Comparison, workers: Workers | None = None, watch: Watch
     deaths: dict[Path, int] = {}
     began_here: set[Run] = set()
     with _locked(folder):
+        results = read_results(folder)
         try:
             while True:
-                results = _settled(read_results(folder), began_here)
+                results = _settled(results, began_here)
                 queue = [w for contender in comparison.contenders for w in plan.wanted(contender, config, results)]
                 queue = [w for w in queue if folder / RUNS / w.run.folder not in running]
                 if not queue and not running:
                     break
                 for next_one in queue[: workers.slots - len(running)]:
                     path = folder / RUNS / next_one.run.folder
-                    _begin(path, next_one, by_name[next_one.run.contender], comparison, workers.threads)
+                    job.write(path, next_one, by_name[next_one.run.contender], config, comparison.splits, workers.threads, workers.slots)
+                    if next_one.run not in results:
+                        (path / job.RESULT).unlink(missing_ok=True)  # of a failure in an earlier sitting
                     workers.start(path)
                     running[path] = (next_one.run, time.monotonic())
                     began_here.add(next_one.run)
@@ -147,19 +155,21 @@ def compare(comparison: Comparison, workers: Workers | None = None, watch: Watch
                         if workers.retries and deaths[path] <= RETRIES:
                             continue  # wanted still, and it goes on from its checkpoint
                         _note_end(path, "failed", died)
-                    _forget_weights(comparison, by_name[run.contender])
-                    _write_results(comparison, workers.slots)
+                    results = read_results(folder)
+                    _forget_weights(comparison, by_name[run.contender], results)
+                    _write_results(comparison, results, workers.slots)
                 if pruner is not None:
                     for path, (run, _) in list(running.items()):
                         if not (path / job.RESULT).is_file() and pruner.losing(run, path, by_name[run.contender].baseline):
                             workers.stop(path)
                             del running[path]
                             _note_end(path, "pruned", None)
+                            results = read_results(folder)
                 if watch:
                     watch(statuses(comparison, results, running))
         finally:
             workers.close()
-        _write_results(comparison, workers.slots)
+        _write_results(comparison, read_results(folder), workers.slots)
     return load_records(folder)
 
 
@@ -168,21 +178,13 @@ def _settled(results: dict[Run, dict[str, Any]], began_here: set[Run]) -> dict[R
     return {run: result for run, result in results.items() if result["state"] != "failed" or run in began_here}
 
 
-def _begin(path: Path, wanted: Wanted, contender: Contender, comparison: Comparison, threads: int) -> None:
-    result = path / job.RESULT
-    if result.is_file() and json.loads(result.read_text())["state"] == "failed":
-        result.unlink()
-    job.write(path, wanted, contender, comparison.config, comparison.splits, threads)
-
-
 def _note_end(path: Path, state: str, error: str | None) -> None:
     """The result of a run that could not write its own."""
     write_folder(path, {job.RESULT: to_json({"state": state, "error": error, "validation": None, "test": None})})
 
 
-def _forget_weights(comparison: Comparison, contender: Contender) -> None:
+def _forget_weights(comparison: Comparison, contender: Contender, results: Mapping[Run, Mapping[str, Any]]) -> None:
     """Once a contender is complete, the adapters of learning rates that were not chosen are of no use."""
-    results = read_results(comparison.folder)
     if contender.trains and not plan.wanted(contender, comparison.config, results):
         rate = plan.chosen_rate(contender.name, comparison.config, results)
         for run in results:
@@ -190,19 +192,18 @@ def _forget_weights(comparison: Comparison, contender: Contender) -> None:
                 job.drop_weights(comparison.folder / RUNS / run.folder)
 
 
-def _write_results(comparison: Comparison, slots: int) -> None:
-    config, results = comparison.config, read_results(comparison.folder)
+def _write_results(comparison: Comparison, results: Mapping[Run, Mapping[str, Any]], slots: int) -> None:
+    config = comparison.config
     chosen = {c.name: plan.chosen_rate(c.name, config, results) if c.trains else None for c in comparison.contenders}
     base = next((result["base"] for result in results.values() if result.get("base")), {"name": config.model, "fingerprint": None})
-    common = {"data": facts(comparison.splits), "base": base, "code": code_hash(), "versions": versions(), "jobs": slots}
+    common = {"data": facts(comparison.splits), "base": base, "code": job.code_hash(), "versions": versions(), "jobs": slots}
     write_lines(comparison.folder, lines(comparison.folder, comparison.contenders, results, chosen, common, comparison.left_out))
 
 
 def statuses(comparison: Comparison, results: Mapping[Run, Mapping[str, Any]], running: Mapping[Path, tuple[Run, float]]) -> list[Status]:
     """Every run that has begun, the running ones last."""
-    found = [
-        Status(run, result["state"], note=result.get("error") or "") for run, result in results.items() if run not in [r for r, _ in running.values()]
-    ]
+    going = {run for run, _ in running.values()}
+    found = [Status(run, result["state"], note=result.get("error") or "") for run, result in results.items() if run not in going]
     for path, (run, began) in running.items():
         line = _last_line(path / METRICS)
         steps = comparison.config.steps

@@ -42,6 +42,10 @@ class CompareConfig(Settings):
             raise ValueError("the learning rates in lrs must be positive and rise")
         if self.tune == "none" and len(self.lrs) != 1:
             raise ValueError("tune = none needs exactly one learning rate in lrs, such as --lrs 1e-3")
+        if self.refine and "refine" in self.model_fields_set and len(self.lrs) == 1:
+            raise ValueError("refine tries rates around the best of several, but lrs has one; leave it out")
+        if self.minutes is not None and "steps" in self.model_fields_set:
+            raise ValueError("minutes sets the number of updates, so steps cannot be given beside it; leave one of them out")
         return self
 
     @property

@@ -53,6 +53,8 @@ def contenders(config: CompareConfig, kind: Kind) -> list[Contender]:
     found += [Contender("full", "full", baseline=True), Contender("lora", "lora", baseline=True)]
     for text in config.methods:
         contender = parse(text)
+        if not contender.trains and contender.name not in {other.name for other in found}:
+            raise GraftError(f"the baseline {contender.name} is not for rows of kind {kind!r}; leave it out.")
         if contender.name not in {other.name for other in found}:
             found.append(contender)
         elif contender.name not in BASELINES:
@@ -82,7 +84,8 @@ def parse(text: str) -> Contender:
 def within(contender: Contender, limit: int, targets: Mapping[str, Sequence[Target]]) -> Contender | None:
     """The contender made as large as the budget of ``limit`` parameters allows; None where it cannot be so small.
 
-    ``targets``: those of each method name. Baselines and what sets its size itself stay as they are, and are left out where they are larger.
+    ``targets``: those of each method name. Baselines stay as they are, whatever their size, but for LoRA, which is sized like the methods;
+    a size that was given stays too, and the contender is left out where that is too large.
     """
     if not contender.trains or (contender.baseline and contender.name != "lora"):
         return contender

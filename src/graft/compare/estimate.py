@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.compare import job
 from graft.compare.contenders import Contender
+from graft.compare.json_lines import read_lines, to_lines
 from graft.compare.plan import Run, Wanted
 from graft.compare.workers import LOG, fresh_processes, stand_alone
 from graft.core.errors import GraftError
-from graft.data.reading import COLUMNS, Table, read
+from graft.data.reading import Table, read
+from graft.training.fit import METRICS
+from graft.training.memory import peak
 
 if TYPE_CHECKING:
     from graft.compare.comparison import Comparison
@@ -47,15 +50,15 @@ class Estimate:
         return self.runs * (self.setup + steps * self.update + validation_rows * self.row) + self.tests * test_rows * self.row
 
 
-def estimate(comparison: Comparison, contender: Contender) -> Estimate | str:
-    """The estimate of one contender; what went wrong, in a sentence, where it fails."""
+def estimate(comparison: Comparison, contender: Contender, threads: int) -> Estimate | str:
+    """The estimate of one contender with so many threads a run; what went wrong, in a sentence, where it fails."""
     config = comparison.config
     searched = len(config.lrs) + (2 if config.refine and len(config.lrs) > 1 else 0) if config.tune == "lr" else 0
     tests = config.seeds if contender.draws else 1
     runs = max(searched + tests - 1, tests) if contender.trains else tests
     with tempfile.TemporaryDirectory() as folder:
         receive, send = fresh_processes().Pipe(duplex=False)
-        process = fresh_processes().Process(target=_probe, args=(send, folder, comparison, contender))
+        process = fresh_processes().Process(target=_probe, args=(send, folder, comparison, contender, threads))
         process.start()
         send.close()
         try:
@@ -67,23 +70,20 @@ def estimate(comparison: Comparison, contender: Contender) -> Estimate | str:
     return found if isinstance(found, str) else Estimate(**found, runs=runs, tests=tests)
 
 
-def _probe(send: Any, folder: str, comparison: Comparison, contender: Contender) -> None:
+def _probe(send: Any, folder: str, comparison: Comparison, contender: Contender, threads: int) -> None:
     """What the process of an estimate does."""
-    from graft.compare import job
-    from graft.training.memory import peak
-
     stand_alone(Path(folder) / LOG)
     try:
         config = comparison.config.model_copy(update={"steps": UPDATES, "prune": False})
         path, splits = Path(folder) / "run", Path(folder) / "data"
         shutil.copytree(comparison.splits.folder, splits)
         train, validation = (read(splits / f"{name}.jsonl", kind=comparison.splits.kind) for name in ("train", "validation"))
-        _write(splits / "train.jsonl", _spread(train, UPDATES * config.batch_size * config.accumulation))
-        few = _spread(validation, ROWS)
-        _write(splits / "validation.jsonl", few)
+        few = {"train": _spread(train, UPDATES * config.batch_size * config.accumulation), "validation": _spread(validation, ROWS)}
+        for name, table in few.items():
+            (splits / f"{name}.jsonl").write_bytes(to_lines(row.values for row in table.rows))
         run = Run(contender.name, config.lrs[len(config.lrs) // 2] if contender.trains else None, 0)
-        used = type(comparison.splits)(**{**vars(comparison.splits), "folder": str(splits)})
-        job.write(path, Wanted(run, test=False), contender, config, used, threads=max(1, os.cpu_count() or 1))
+        used = replace(comparison.splits, folder=str(splits))
+        job.write(path, Wanted(run, test=False), contender, config, used, threads, jobs=1)
         began = time.perf_counter()
         job.run_job(path)
         whole = time.perf_counter() - began
@@ -91,8 +91,8 @@ def _probe(send: Any, folder: str, comparison: Comparison, contender: Contender)
         if result["state"] == "failed":
             send.send(str(result["error"]))
             return
-        updates = _updates(path)
-        row = result["seconds_scoring"] / len(few)
+        updates = [line["seconds"] for line in read_lines(path / METRICS)]
+        row = result["seconds_scoring"] / len(few["validation"])
         send.send(
             {"setup": max(0.0, whole - sum(updates) - result["seconds_scoring"]), "update": statistics.median(updates[1:]) if updates else 0.0,
              "row": row, "memory": peak()}
@@ -101,24 +101,12 @@ def _probe(send: Any, folder: str, comparison: Comparison, contender: Contender)
         send.send(str(error))
 
 
-def _updates(path: Path) -> list[float]:
-    from graft.training.fit import METRICS
-
-    file = path / METRICS
-    return [json.loads(line)["seconds"] for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def _spread(table: Table, count: int) -> Table:
     """``count`` rows at even distances in the order of their length, the shortest and the longest among them."""
     order = sorted(range(len(table)), key=lambda index: sum(map(len, table.rows[index].values.values())))
     count = min(count, len(table))
     places = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
     return Table([table.rows[order[place]] for place in places], table.kind, table.path)
-
-
-def _write(path: Path, table: Table) -> None:
-    columns = COLUMNS[table.kind]
-    path.write_text("".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in table.rows), encoding="utf-8")
 
 
 def total_seconds(comparison: Comparison, found: Mapping[str, Estimate | str], slots: int, steps: int | None = None) -> float:

@@ -6,6 +6,7 @@ way), ``predictions.jsonl`` (a line a test row) and, at the end, ``result.json``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -13,6 +14,8 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from graft.compare.config import CompareConfig
 from graft.compare.contenders import Contender
 from graft.compare.forgetting import forgetting
+from graft.compare.json_lines import read_lines, to_lines
 from graft.compare.plan import Wanted
 from graft.compare.splits import Splits, facts
 from graft.core.adapter import Adapter
@@ -32,15 +36,15 @@ from graft.data.reading import Row, Table, read
 from graft.models import load, load_with_adapter
 from graft.training.config import FitConfig
 from graft.training.evaluate import Evaluation, evaluate, mean_losses
-from graft.training.fit import RUN, fit
+from graft.training.fit import CHECKPOINTS, RUN, fit
 from graft.training.memory import peak
 
 JOB, RESULT, RUNGS, PREDICTIONS, ERROR = "job.json", "result.json", "rungs.jsonl", "predictions.jsonl", "error.txt"
 RUNG_SHARES = (0.25, 0.5)  # of the updates, where a pruned comparison looks at the validation rows
 
 
-def write(folder: Path, wanted: Wanted, contender: Contender, config: CompareConfig, splits: Splits, threads: int) -> None:
-    """Writes ``job.json`` into the folder of a run."""
+def write(folder: Path, wanted: Wanted, contender: Contender, config: CompareConfig, splits: Splits, threads: int, jobs: int) -> None:
+    """Writes ``job.json`` into the folder of a run that is one of ``jobs`` at a time."""
     run = wanted.run
     training = {
         "data": str(splits.path("train")), "model": config.model, "output": str(folder), "method": contender.method,
@@ -49,7 +53,7 @@ def write(folder: Path, wanted: Wanted, contender: Contender, config: CompareCon
         "dtype": config.dtype, "seed": run.seed, "checkpoint_every": max(1, math.ceil(config.steps / 2)),
     }  # fmt: skip
     job = {
-        "contender": contender.name, "lr": run.lr, "seed": run.seed, "test": wanted.test, "threads": threads,
+        "contender": contender.name, "lr": run.lr, "seed": run.seed, "test": wanted.test, "threads": threads, "jobs": jobs,
         "fit": training if contender.trains else None, "shots": contender.shots, "model": config.model, "dtype": config.dtype,
         "max_length": config.max_length, "match": config.match, "data": {"folder": splits.folder, "choices": splits.choices, **facts(splits)},
         "general": config.general, "rungs": [math.ceil(share * config.steps) for share in RUNG_SHARES] if config.prune else [],
@@ -68,7 +72,17 @@ def run_job(folder: str | Path) -> None:
         (folder / ERROR).write_text(traceback.format_exc())
         said = str(error) if isinstance(error, GraftError) else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         result = {"state": "failed", "error": said, "validation": None, "test": None}
-    write_folder(folder, {RESULT: to_json(result)})
+    write_folder(folder, {RESULT: to_json({**result, "code": code_hash(), "jobs": job["jobs"]})})
+
+
+@cache
+def code_hash() -> str:
+    """A hash of Graft's own source files: two results with the same one were computed and judged by the same code."""
+    digest = hashlib.sha256()
+    root = Path(str(files("graft")))
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _train_and_evaluate(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,10 +142,9 @@ def _room(model: Any, job: Mapping[str, Any]) -> int:
 def _climb(folder: Path, step: int, evaluation: Evaluation) -> None:
     """Notes what the validation rows said at a rung, once."""
     path = folder / RUNGS
-    known = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
-    if step not in known:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "metrics": evaluation.metrics, "losses": evaluation.losses}) + "\n")
+    if step not in [rung["step"] for rung in read_lines(path, growing=True)]:
+        with path.open("ab") as file:
+            file.write(to_lines([{"step": step, "metrics": evaluation.metrics, "losses": evaluation.losses}]))
 
 
 def _score(model: Any, tokenizer: Any, table: Table, job: Mapping[str, Any], generate: bool) -> Evaluation:
@@ -172,19 +185,18 @@ def ranks(adapter: Adapter) -> dict[str, int] | None:
 
 def write_predictions(path: Path, table: Table, evaluation: Evaluation) -> None:
     """A line a test row: what was asked and right, what was said, and the loss of the right answer."""
-    count = len(evaluation.losses)
     column = {"answers": "answer", "labels": "label"}.get(table.kind)
     lines = []
-    for index in range(count):
-        line: dict[str, Any] = {"row": index, "loss": round(evaluation.losses[index], 6)}
+    for index, loss in enumerate(evaluation.losses):
+        line: dict[str, Any] = {"row": index, "loss": round(loss, 6)}
         if column:
             line |= {"right": table.rows[index][column], "said": evaluation.predictions[index], "correct": evaluation.correct[index]}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_folder(path.parent, {path.name: "".join(lines).encode()})
+        lines.append(line)
+    write_folder(path.parent, {path.name: to_lines(lines)})
 
 
 def drop_weights(folder: Path) -> None:
     """Deletes the adapter and checkpoints of a run whose learning rate was not chosen; figures and curves stay."""
     for name in (TENSORS, CONFIG):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

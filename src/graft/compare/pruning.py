@@ -6,12 +6,12 @@ significantly above the best run's, row by row: a difference inside the noise dr
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from graft.compare.job import RUNGS
+from graft.compare.json_lines import read_lines
 from graft.compare.plan import Run
 from graft.core.errors import GraftError
 
@@ -36,13 +36,11 @@ class Pruner:
 
     def losing(self, run: Run, folder: Path, baseline: bool) -> bool:
         """Whether the run in ``folder`` should stop, after what it said at its rungs so far."""
-        path = folder / RUNGS
-        rungs = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
         if run not in self.trials:
             self.trials[run] = self.study.ask()
         trial = self.trials[run]
         verdict = False
-        for number, rung in enumerate(rungs, 1):
+        for number, rung in enumerate(read_lines(folder / RUNGS, growing=True), 1):
             known = self.losses.setdefault(number, {})
             if run in known:
                 continue

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from graft.compare.job import run_job
 from graft.core.errors import GraftError
 
 
@@ -32,7 +33,7 @@ class RayWorkers:
                 raise GraftError(f"there is no Ray cluster at {address!r} ({reason}); start one with: ray start --head") from None
         self.running: dict[Path, Any] = {}
         # a process is used once, so that its memory is that of one run; the comparison itself starts a run again, with a limit
-        self.run = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(_work)
+        self.run = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(run_job)
 
     @property
     def slots(self) -> int:
@@ -58,9 +59,3 @@ class RayWorkers:
     def close(self) -> None:
         for folder in list(self.running):
             self.stop(folder)
-
-
-def _work(folder: str) -> None:
-    from graft.compare.job import run_job
-
-    run_job(folder)

@@ -71,11 +71,10 @@ def _columns(answer: Answer) -> list[tuple[str, str]]:
 
 def _cells(answer: Answer, entry: Entry) -> list[tuple[str, Any]]:
     """Each cell as it is shown, and as it sorts."""
-    place = str(entry.place[0]) if entry.place[0] == entry.place[1] else f"{entry.place[0]}-{entry.place[1]}"
     return [
         (entry.name, entry.name),
         (answer.span(entry.quality), entry.quality.mean),
-        (place, entry.place[0] + entry.place[1] / 1000),
+        (entry.places, entry.place[0] + entry.place[1] / 1000),
         (f"{entry.parameters:,} ({100 * entry.share:.2g} %)" if entry.parameters else "0", entry.parameters),
         (_size(entry.adapter_bytes), entry.adapter_bytes),
         (_size(entry.memory_bytes), entry.memory_bytes),

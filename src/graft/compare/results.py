@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from graft.compare.contenders import Contender
 from graft.compare.job import JOB, PREDICTIONS, RESULT, RUNGS
+from graft.compare.json_lines import read_lines, to_lines
 from graft.compare.plan import Run
+from graft.compare.splits import FOLDER
 from graft.core.catalogue import catalogue
 from graft.core.errors import GraftError
 from graft.core.storage import write_folder
@@ -61,16 +61,6 @@ FIELDS = {
 }
 
 
-@cache
-def code_hash() -> str:
-    """A hash of Graft's own source files: two results with the same one were computed and judged by the same code."""
-    digest = hashlib.sha256()
-    root = Path(str(files("graft")))
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def read_results(folder: Path) -> dict[Run, dict[str, Any]]:
     """``result.json`` of every run that has ended."""
     found = {}
@@ -113,7 +103,7 @@ def lines(
 
 def write_lines(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes ``results.jsonl``, atomically."""
-    write_folder(folder, {RESULTS: "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()})
+    write_folder(folder, {RESULTS: to_lines(lines)})
 
 
 def write_together(folder: Path, records: Sequence[Record]) -> None:
@@ -137,22 +127,18 @@ class Record:
 
     def curve(self) -> list[tuple[int, float]]:
         """Training loss by update; empty where the run's folder is gone."""
-        return [(line["step"], line["loss"]) for line in _json_lines(self.root / self["folder"] / METRICS)]
+        return [(line["step"], line["loss"]) for line in read_lines(self.root / self["folder"] / METRICS, growing=True)]
 
     def rungs(self) -> list[tuple[int, dict[str, Any]]]:
         """Figures on the validation rows by update, where the comparison looked on the way."""
-        return [(line["step"], line["metrics"]) for line in _json_lines(self.root / self["folder"] / RUNGS)]
+        return [(line["step"], line["metrics"]) for line in read_lines(self.root / self["folder"] / RUNGS, growing=True)]
 
     def predictions(self) -> list[dict[str, Any]]:
         """What was said to each test row."""
         path = self.root / str(self["predictions"])
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self["predictions_hash"]:
             raise GraftError(f"{path} is not the file that {self.root / RESULTS} names (its hash differs); copy the comparison's folder again.")
-        return _json_lines(path)
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return read_lines(path)
 
 
 def load_records(folder: str | Path) -> list[Record]:
@@ -162,7 +148,7 @@ def load_records(folder: str | Path) -> list[Record]:
     if not path.is_file():
         raise GraftError(f"{folder} has no {RESULTS}; give the --output folder of an earlier graft compare.")
     try:
-        found = [Record(line, folder) for line in _json_lines(path)]
+        found = [Record(line, folder) for line in read_lines(path)]
     except json.JSONDecodeError as error:
         raise GraftError(f"{path} is not valid JSON lines ({error.msg}); copy it again.") from None
     for record in found:
@@ -199,4 +185,4 @@ def together(folders: Sequence[str | Path]) -> tuple[list[Record], Table]:
             records.append(record)
     if not records:
         raise GraftError("there is no result in these folders; give those of a graft compare that has begun.")
-    return records, read(Path(folders[0]) / "data" / "test.jsonl")
+    return records, read(Path(folders[0]) / FOLDER / "test.jsonl")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.compare.config import CompareConfig
+from graft.compare.contenders import contenders
+from graft.compare.json_lines import to_lines
 from graft.core.errors import GraftError
 from graft.core.storage import to_json, write_folder
 from graft.data.reading import COLUMNS, SUFFIXES, Kind, Row, Table, read
@@ -65,23 +67,33 @@ def prepare(config: CompareConfig) -> Splits:
         tables = {name: _as_labels(table) for name, table in tables.items()}
         kind = "labels"
         notes.append("The model is an encoder, so prompts became texts and answers labels.")
+    refuse_unused(config, kind)
     choices = tables["train"].labels
     for name in NAMES[1:]:
         unknown = sorted(set(tables[name].labels) - set(choices))
         if kind == "labels" and unknown:
             raise GraftError(f"the {name} rows have the label {unknown[0]!r}, which no train row has; add rows of it, or drop it.")
-    files = {name: "".join(json.dumps(row.values, ensure_ascii=False) + "\n" for row in table.rows).encode() for name, table in tables.items()}
+    files = {name: to_lines(row.values for row in table.rows) for name, table in tables.items()}
     splits = Splits(
         folder=str(folder),
         kind=kind,
         rows={name: len(table) for name, table in tables.items()},
         hashes={name: _hash(content) for name, content in files.items()},
-        choices=choices if kind != "text" and len(choices) <= MAX_CHOICES else [],
+        choices=choices if kind != "text" and config.match == "exact" and len(choices) <= MAX_CHOICES else [],
         notes=notes,
     )
     facts = {key: value for key, value in asdict(splits).items() if key != "folder"}
     write_folder(folder, {**{f"{name}.jsonl": content for name, content in files.items()}, FACTS: to_json(facts)})
     return splits
+
+
+def refuse_unused(config: CompareConfig, kind: Kind) -> None:
+    """Raises :class:`GraftError` for settings that have no meaning with this kind of rows."""
+    for key, unused in (("match", config.match != "exact"), ("shots", "shots" in config.model_fields_set)):
+        if unused and kind != "answers":
+            needs = "answers that are written" if key == "match" else "few-shot prompting"
+            raise GraftError(f"{key} = {getattr(config, key)!r} is for {needs}, and these rows are {kind}; leave it out.")
+    contenders(config, kind)  # a baseline that was named may be another kind's
 
 
 def _tables(config: CompareConfig) -> tuple[dict[str, Table], list[str]]:

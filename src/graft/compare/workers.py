@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
+from graft.compare.job import run_job
+
 LOG = "log.txt"
 
 
@@ -88,8 +90,6 @@ def _reason(code: int) -> str:
 def work(folder: str) -> None:
     """What the process of a run does; what libraries say on the way goes to ``log.txt``."""
     stand_alone(Path(folder) / LOG)
-    from graft.compare.job import run_job
-
     run_job(folder)
 
 

@@ -21,7 +21,7 @@ from graft.core.callback import Callback, State
 from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, Pair, Part
 from graft.core.errors import GraftError, nearest
-from graft.core.hashing import fingerprint, is_sharded
+from graft.core.hashing import fingerprint, is_whole
 from graft.core.slot import share_inputs, slot_of
 from graft.core.target import Target, TargetSpec, all_targets, find_targets
 
@@ -347,7 +347,7 @@ def attach(
         detach(model, name)
         raise
     adapter.note_shapes()
-    if adapter.fingerprint is None and not any(is_sharded(p) or p.is_meta for p in model.parameters()):
+    if adapter.fingerprint is None and is_whole(model):
         adapter.fingerprint = fingerprint(model, adapter.modules_to_save)
     return adapter
 

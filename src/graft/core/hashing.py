@@ -24,6 +24,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Whether this process holds the values of every parameter."""
+    return not any(is_sharded(parameter) or parameter.is_meta for parameter in model.parameters())
+
+
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A hash of the base model's parameters (names, shapes, values rounded to bf16, so that fp32 and bf16 copies agree).
 

@@ -29,7 +29,7 @@ from graft.core.adapter import Adapter, build, detach
 from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError, nearest
-from graft.core.hashing import content_hash, fingerprint, is_sharded
+from graft.core.hashing import content_hash, fingerprint, is_sharded, is_whole
 from graft.core.target import Target, all_targets, kind_of
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -182,8 +182,8 @@ def adapter_config(adapter: Adapter, content: str) -> dict[str, Any]:
 
 def base_fingerprint(adapter: Adapter) -> str:
     """The fingerprint of the base that the adapter was attached to; raises :class:`GraftError` where the base was written to since."""
-    known, base = adapter.fingerprint, [p for p in adapter.model.parameters() if not p.requires_grad]
-    if known is not None and (not adapter.recipe.delta.keeps_base or any(is_sharded(p) or p.is_meta for p in base)):
+    known = adapter.fingerprint
+    if known is not None and not (adapter.recipe.delta.keeps_base and is_whole(adapter.model)):
         return known
     present = fingerprint(adapter.model, adapter.modules_to_save)
     if known not in (None, present):

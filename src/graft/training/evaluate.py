@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.core.calibration import evaluating
 from graft.data.encoding import IGNORED, Encoded, answer_text, collator, encode, encode_prompt, tokens
 from graft.data.reading import Table
 
@@ -59,9 +60,7 @@ def evaluate(
     longest answer's) must give the answer, compared without case and spaces; with ``match="number"`` its last number must equal the
     answer. ``labels``: the head's largest logit. ``text``: mean loss a token, and perplexity.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if table.kind == "labels":
             return _by_head(model, tokenizer, table, max_length, batch_size, progress)
         if table.kind == "text":
@@ -70,8 +69,6 @@ def evaluate(
         if match == "exact" and len(choices) <= MAX_CHOICES:
             return _by_choice(model, tokenizer, table, choices, max_length, batch_size, progress)
         return _by_generation(model, tokenizer, table, match, new_tokens, max_length, batch_size, progress)
-    finally:
-        model.train(was_training)
 
 
 def _batches(lengths: Sequence[int], batch_size: int, progress: Progress | None) -> Any:
