@@ -265,13 +265,15 @@ def progress(total: int) -> Iterator[Callable[..., None]]:
 
 def machine() -> dict[str, Any]:
     """The processor, as far as it matters here."""
+    from graft.training.machine import processor
+
     facts = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
     flags = set(facts.get("flags", "").split())
     return {
-        "processor": facts.get("model name", platform.machine()),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": THREADS,
         "extensions": [name for name, flag in (("AVX-512", "avx512f"), ("AVX-512 BF16", "avx512_bf16"), ("AMX BF16", "amx_bf16")) if flag in flags],

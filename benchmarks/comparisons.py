@@ -3,7 +3,7 @@
     python benchmarks/comparisons.py --data ../shared/data --runs runs/comparisons
     python benchmarks/comparisons.py --only agnews-minilm
 
-MiniLM labels (agnews, imdb) with every method of the catalogue; SmolLM2 answers (arc-easy by choice; arithmetic by writing: trained on
+MiniLM labels (agnews, imdb) with every method of part 1; SmolLM2 answers (arc-easy by choice; arithmetic by writing: trained on
 math-rationales, tested on multiarith). A comparison that was stopped goes on; its reports are copied to docs/results at the end of each.
 """
 
@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import graft
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-SOME = ("dora", "shira", "galore", "randlora", "s2ft", "lora-ga")  # beside the baselines, for SmolLM2
-SMOLLM2 = {"model": "smollm2", "dtype": "bfloat16", "batch_size": 8, "refine": False, "seeds": 3}
+SOME = ["dora", "shira", "galore", "randlora", "s2ft", "lora-ga"]  # beside the baselines, which full and lora are among
+ALL = ["adalora", "dora", "eva", "galore", "hydra", "lisa", "lora-ga", "randlora", "s2ft", "shira"]
+MINILM = {"model": "minilm", "methods": ALL, "refine": False, "steps": 40}
+SMOLLM2 = {"model": "smollm2", "methods": SOME, "refine": False, "steps": 30, "dtype": "bfloat16", "batch_size": 8, "validation_rows": 60}
 CASES: dict[str, dict[str, Any]] = {
-    "agnews-minilm": {"data": "agnews", "model": "minilm", "steps": 40, "batch_size": 16, "max_length": 96},
-    "imdb-minilm": {"data": "imdb", "model": "minilm", "steps": 40, "batch_size": 8, "max_length": 160},
-    "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "methods": SOME, "steps": 30, "max_length": 160, "test_rows": 200, "validation_rows": 60},
-    "arithmetic-smollm2": {
-        **SMOLLM2, "data": "arithmetic", "methods": SOME, "steps": 30, "max_length": 224, "test_rows": 60, "validation_rows": 60, "match": "number",
-    },
-}  # fmt: skip
+    "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
+    "imdb-minilm": {**MINILM, "data": "imdb", "batch_size": 8, "max_length": 160},
+    "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
+    "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "max_length": 224, "test_rows": 60, "match": "number"},
+}
 
 
 def arithmetic(source: Path, folder: Path) -> Path:
@@ -43,36 +42,40 @@ def arithmetic(source: Path, folder: Path) -> Path:
     return folder
 
 
-def run(name: str, source: Path, runs: Path) -> None:
+def run(name: str, source: Path, runs: Path, jobs: int) -> None:
     """One comparison, and its reports into docs/results."""
     settings = dict(CASES[name])
     data = arithmetic(source, runs / "data" / "arithmetic") if settings["data"] == "arithmetic" else source / settings["data"]
-    settings.setdefault("methods", [method.name for method in graft.methods()])
     output = runs / name
     config = runs / f"{name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps({**settings, "methods": list(settings["methods"]), "data": str(data), "output": str(output)}, indent=1))
-    subprocess.run([sys.executable, "-m", "graft", "compare", "--config", str(config)], check=True)
+    config.write_text(json.dumps({**settings, "data": str(data), "output": str(output)}, indent=1))
+    subprocess.run([sys.executable, "-m", "graft", "compare", "--config", str(config), "--jobs", str(jobs)], check=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    page = (
-        (output / "report.md")
-        .read_text(encoding="utf-8")
-        .replace("report.png", f"compare-{name}.png")
-        .replace("results.jsonl", f"compare-{name}.jsonl")
-    )
-    (RESULTS / f"compare-{name}.md").write_text(page.replace("# Comparison", f"# {name}", 1), encoding="utf-8")
-    shutil.copy(output / "report.png", RESULTS / f"compare-{name}.png")
-    shutil.copy(output / "results.jsonl", RESULTS / f"compare-{name}.jsonl")
+    page = (output / "report.md").read_text(encoding="utf-8").replace("# Comparison", f"# {name}", 1)
+    for file in ("report.png", "results.jsonl"):
+        page = page.replace(file, f"compare-{name}{Path(file).suffix}")
+        shutil.copy(output / file, RESULTS / f"compare-{name}{Path(file).suffix}")
+    page += f"\nMade by `python benchmarks/comparisons.py --only {name}`, which holds its settings.\n"
+    (RESULTS / f"compare-{name}.md").write_text(page, encoding="utf-8")
+
+
+def from_here(text: str) -> Path:
+    """A path relative to where the command runs, so that no page names a machine's folders."""
+    return Path(os.path.relpath(text))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with the data sets (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "comparisons", help="folder for the runs (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=from_here, default=from_here(ROOT.parent / "shared" / "data"), help="folder with the data sets (default: %(default)s)"
+    )
+    parser.add_argument("--runs", type=from_here, default=from_here(ROOT / "runs" / "comparisons"), help="folder for the runs (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="only these comparisons")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
     for name in options.only:
-        run(name, options.data, options.runs)
+        run(name, options.data, options.runs, options.jobs)
 
 
 if __name__ == "__main__":

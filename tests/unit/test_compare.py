@@ -216,8 +216,9 @@ def test_a_process_that_dies_is_reported(place: Path, tmp_path: Path) -> None:
     assert "signal 9 (killed; was there enough memory?)" in failed[0]["error"]
 
 
-def test_pruning_stops_clear_losers_and_no_baseline(place: Path, tmp_path: Path) -> None:
-    values = {"steps": 60, "seeds": 1, "lrs": [1e-6, 1e-2], "prune": True, "kind": "labels", "validation_rows": 20}
+def test_pruning_stops_clear_losers_and_no_baseline(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graft.compare.comparison.POLL", 0.02)  # or such short runs end before anybody looks at them
+    values = {"steps": 160, "seeds": 1, "lrs": [1e-6, 1e-2], "prune": True, "kind": "labels", "validation_rows": 20}
     records = compare(prepared(place, tmp_path / "out", methods=["dora", "shira"], **values), LocalWorkers(1))
     pruned = [record for record in records if record["state"] == "pruned"]
     assert pruned
@@ -337,7 +338,8 @@ def test_a_size_that_was_given_stays() -> None:
     assert sized.settings == {"rank": "2"}
 
 
-def test_estimates_are_within_a_factor_of_two(place: Path, tmp_path: Path) -> None:
+def test_estimated_memory_is_within_a_factor_of_two(place: Path, tmp_path: Path) -> None:
+    """Its time is tested on a real model (tests/real): an update of a few milliseconds is mostly noise."""
     comparison = prepared(place, tmp_path / "out", kind="labels", steps=40, seeds=1, tune="none", lrs=[1e-3], methods=["dora"])
     found = estimates(comparison)
     records = {record["contender"]: record for record in compare(comparison, LocalWorkers(1))}
@@ -345,7 +347,6 @@ def test_estimates_are_within_a_factor_of_two(place: Path, tmp_path: Path) -> No
         expected = found[name]
         assert isinstance(expected, Estimate)
         assert 0.5 < expected.memory / records[name]["peak_memory_bytes"] < 2
-        assert 0.3 < expected.update / records[name]["step_seconds"] < 3  # of a few milliseconds; the real models' are checked in tests/real
 
 
 def test_a_budget_of_minutes_sets_the_updates(place: Path, tmp_path: Path) -> None:
@@ -355,3 +356,4 @@ def test_a_budget_of_minutes_sets_the_updates(place: Path, tmp_path: Path) -> No
     assert again.config.steps == comparison.config.steps
     with pytest.raises(GraftError, match="minutes are not enough"):
         prepared(place, tmp_path / "short", kind="labels", seeds=1, tune="none", lrs=[1e-3], steps=None, minutes=0.01)
+    assert not any((tmp_path / "short").iterdir())  # so the next attempt is not met with "holds other files"

@@ -77,6 +77,20 @@ def test_a_tie_is_called_a_tie(tmp_path: Path) -> None:
     assert "Every trained method beats base" in answer.text
 
 
+def test_what_only_seems_worse_is_not_called_tied(tmp_path: Path) -> None:
+    """Seeds of the probe differ so much that three cannot prove anything, but all of them are far behind."""
+    records = drawn(tmp_path, {"base": 0.2, "lora": 0.9, "dora": 0.9})
+    for seed, chance in enumerate((0.3, 0.55, 0.8)):
+        right = np.arange(200) < 200 * chance
+        records.append(record(tmp_path, "probe", seed, right.astype(float), trainable_parameters=10, step_seconds=0.01, peak_memory_bytes=10**6))
+    answer = Answer(records)
+    assert "probe" in [entry.name for entry in answer.best]
+    assert "probe" not in [entry.name for entry in answer.tied]
+    assert "probe seems worse, but not beyond the chance of so many comparisons." in answer.text
+    assert "probe is within noise" not in answer.text
+    assert "probe trains in" not in answer.text
+
+
 def test_a_winner_is_called_a_winner(tmp_path: Path) -> None:
     answer = Answer(drawn(tmp_path, {"base": 0.3, "lora": 0.9, "dora": 0.5}))
     assert answer.text.startswith("On this data lora is best: accuracy ")

@@ -116,6 +116,13 @@ class Answer:
         """Those that nobody is significantly better than, the highest mean first; one only where it is alone."""
         return [entry for entry in self.entries if entry.place[0] == 1]
 
+    @cached_property
+    def tied(self) -> list[Entry]:
+        """Those of :attr:`best` whose difference to the first may be none: its interval holds zero."""
+        first = self.entries[0]
+        spans = [(entry, self.pair(first.name, entry.name).difference) for entry in self.best if entry is not first]
+        return [first, *(entry for entry, span in spans if span.low <= 0 <= span.high)]
+
     @property
     def failed(self) -> dict[str, str]:
         """Contenders without a result, and why."""
@@ -150,19 +157,22 @@ class Answer:
         return " ".join(self.sentences)
 
     def _who(self) -> str:
-        top = self.entries[0]
-        others = [entry.name for entry in self.best if entry.name != top.name]
+        top, tied = self.entries[0], [entry.name for entry in self.tied[1:]]
+        doubtful = [entry.name for entry in self.best if entry not in self.tied]
         ahead = f"{top.name} has the best {self.measure}, {self.span(top.quality)}"
-        if not others:
+        if not tied and not doubtful:
             return f"On this data {top.name} is best: {self.measure} {self.span(top.quality)}, significantly ahead of all others."
-        return f"On this data {ahead}, but nothing separates it from {listed(others)}: these {len(others) + 1} are tied."
+        said = f"On this data {ahead}" + (f", but nothing separates it from {listed(tied)}: these {len(tied) + 1} are tied." if tied else ".")
+        if doubtful:
+            said += f" {_verb(listed(doubtful), doubtful, 'seems', 'seem')} worse, but not beyond the chance of so many comparisons."
+        return said
 
-    def _trained_best(self) -> list[Entry]:
-        """Those of :attr:`best` that were trained, the highest mean first."""
-        return [entry for entry in self.best if entry.parameters]
+    def _trained_ties(self) -> list[Entry]:
+        """Those of :attr:`tied` that were trained, the highest mean first."""
+        return [entry for entry in self.tied if entry.parameters]
 
     def _cheaper(self) -> str:
-        tied = self._trained_best()
+        tied = self._trained_ties()
         if len(tied) < 2:
             return ""
         top, small = tied[0], min(tied, key=lambda entry: entry.parameters)
@@ -171,7 +181,7 @@ class Answer:
         return f"Among them {small.name} is within noise of {top.name} with {fraction(small.parameters / top.parameters)} of its parameters."
 
     def _lighter(self) -> str:
-        tied = self._trained_best()
+        tied = self._trained_ties()
         if len(tied) < 2:
             return ""
         top = tied[0]

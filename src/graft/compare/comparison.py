@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ from graft.compare.forgetting import general_text
 from graft.compare.plan import Run
 from graft.compare.pruning import Pruner
 from graft.compare.results import RUNS, Record, lines, load_records, read_results, write_lines
-from graft.compare.splits import Splits, facts, prepare
+from graft.compare.splits import FOLDER, Splits, facts, prepare
 from graft.compare.workers import LocalWorkers, Workers
 from graft.core.errors import GraftError
 from graft.core.storage import to_json, write_folder
 from graft.models import load
-from graft.training.fit import METRICS, versions
+from graft.training.fit import METRICS
+from graft.training.machine import versions
 
 STATE, LOCK = "compare.json", ".lock"
 POLL = 0.5  # seconds between two looks at the runs
@@ -85,6 +87,17 @@ def prepare_comparison(config: CompareConfig, slots: int = 1, told: Callable[[st
     for text in config.methods:
         parse(text)  # what cannot be is refused before anything is written
     general_text(config.general)
+    try:
+        comparison = _sized(config, slots, told)
+    except BaseException:
+        shutil.rmtree(config.folder / FOLDER, ignore_errors=True)  # or the next attempt would find the rows of this one
+        raise
+    _write_state(comparison, config)
+    return comparison
+
+
+def _sized(config: CompareConfig, slots: int, told: Callable[[str], None] | None) -> Comparison:
+    """A new comparison, within its budget of parameters or minutes."""
     splits = prepare(config)
     found, left_out = contenders(config, splits.kind), {}
     if config.params is not None:
@@ -97,7 +110,6 @@ def prepare_comparison(config: CompareConfig, slots: int = 1, told: Callable[[st
     comparison = Comparison(config, splits, found, left_out)
     if config.minutes is not None:
         comparison = replace(comparison, config=config.model_copy(update={"steps": steps_for(comparison, estimates(comparison, slots, told), slots)}))
-    _write_state(comparison, config)
     return comparison
 
 

@@ -29,6 +29,7 @@ from graft.compare.plan import Wanted
 from graft.compare.splits import Splits, facts
 from graft.core.adapter import Adapter
 from graft.core.errors import GraftError
+from graft.core.hashing import fingerprint
 from graft.core.storage import CONFIG, TENSORS, to_json, write_folder
 from graft.core.target import SLOT
 from graft.data.encoding import answer_text, encode, encode_prompt, tokens
@@ -99,6 +100,8 @@ def _train_and_evaluate(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         task, labels = ("classification", job["data"]["choices"]) if job["data"]["kind"] == "labels" else ("causal", None)
         model, tokenizer = load(job["model"], dtype=job["dtype"], task=task, labels=labels, seed=job["seed"])  # type: ignore[arg-type]
         result |= {"trainable_parameters": 0, "adapter_bytes": 0, "step_seconds": None, "seconds": 0.0, "peak_memory_bytes": peak(), "ranks": None}
+    whole = adapter is None or adapter.recipe.delta.keeps_base
+    result["base"] = {"name": job["model"], "fingerprint": fingerprint(model.base_model) if whole else None}
     result["base_parameters"] = sum(p.numel() for name, p in model.named_parameters() if f".{SLOT}." not in f".{name}")
     if job["shots"]:
         train = read(Path(job["data"]["folder"]) / "train.jsonl", kind="answers")
@@ -129,7 +132,7 @@ def _trained(folder: Path, job: Mapping[str, Any], validation: Table) -> dict[st
 
         run = fit(config, resume=state is not None, look=look if job["rungs"] else None)
     kept = ("method", "trainable_parameters", "adapter_bytes", "peak_memory_bytes", "step_seconds", "seconds", "tokens_per_second", "loss",
-            "rows_shortened", "base", "versions", "machine")  # fmt: skip
+            "rows_shortened", "versions", "machine")  # fmt: skip
     return {key: run[key] for key in kept}
 
 

@@ -75,7 +75,7 @@ def _cells(answer: Answer, entry: Entry) -> list[tuple[str, Any]]:
         (entry.name, entry.name),
         (answer.span(entry.quality), entry.quality.mean),
         (entry.places, entry.place[0] + entry.place[1] / 1000),
-        (f"{entry.parameters:,} ({100 * entry.share:.2g} %)" if entry.parameters else "0", entry.parameters),
+        (f"{entry.parameters:,} ({100 * entry.share:.3g} %)" if entry.parameters else "0", entry.parameters),
         (_size(entry.adapter_bytes), entry.adapter_bytes),
         (_size(entry.memory_bytes), entry.memory_bytes),
         (f"{entry.step_seconds:.2f}" if entry.step_seconds else "-", entry.step_seconds or 0),

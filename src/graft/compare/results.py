@@ -52,7 +52,7 @@ FIELDS = {
     "ranks": "rank by target, where the method moved ranks; else null",
     "mergeable": "whether the adapted weight can be written into a plain model",
     "data": "sha256 and number of rows by split, and the kind of data",
-    "base": "name and fingerprint of the base model",
+    "base": "name of the base model and fingerprint of its body, without head; none where training gave the base up",
     "code": "sha256 over Graft's source files",
     "versions": "python and packages",
     "machine": "platform, processor and threads of the run",

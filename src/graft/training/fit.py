@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -17,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +38,7 @@ from graft.models import load
 from graft.training import checkpoint, distributed
 from graft.training.config import FitConfig
 from graft.training.fuse import Fused, fuse
+from graft.training.machine import machine, versions
 from graft.training.memory import keep_freed, peak
 from graft.training.rates import use_measured
 
@@ -149,7 +148,7 @@ def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded,
         "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
         "base": {"name": config.model, "fingerprint": base_fingerprint(adapter)},
         "versions": versions(),
-        "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "machine": machine(),
     }
     write_folder(folder, {RUN: to_json(run)})
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -340,9 +339,3 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
         return sys.maxsize
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide what a run computes."""
-    names = ("graft", "torch", "transformers", "accelerate", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
