@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graft
-from graft.methods.factored import LowRank
+from graft.methods.families.factored import LowRank
 from tests import tiny
 from tests.methods.small import Net, layer
 

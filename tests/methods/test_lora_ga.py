@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graft
-from graft.methods.factored import LowRank
+from graft.methods.families.factored import LowRank
 from tests import tiny
 
 Batch = dict[str, Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graft
 from graft.core.slot import SameInput, Slot
-from graft.methods import factored
+from graft.methods.families import factored
 from tests import tiny
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # in fp64

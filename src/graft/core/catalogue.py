@@ -31,8 +31,8 @@ class Method:
 
     ``axis`` is the coordinate that the paper changes; ``mergeable`` says whether ``W'`` can be baked (``"exactly"`` or
     ``"never"``); ``starts_as_identity`` whether the adapted model computes the base's function before training; ``needs`` names
-    what must be given beside the model (``"calibration"``, ``"calibration with labels"``); ``defaults`` are the options for which
-    the method's usual value differs from its part's.
+    what must be given beside the model (``"calibration"``, ``"calibration with labels"``); ``random`` whether anything is drawn from
+    the seed; ``defaults`` are the options for which the method's usual value differs from its part's.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Method:
     mergeable: str = "exactly"
     starts_as_identity: bool = True
     needs: str = ""
+    random: bool = True
     targets: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

@@ -59,7 +59,7 @@ class Delta(nn.Module):
     Subclasses define :meth:`weight`, and may define a faster :meth:`forward`, :meth:`entries` and :meth:`pair`.
     """
 
-    not_saved: ClassVar[frozenset[str]] = frozenset()  # names of buffers that are rebuilt, not stored
+    not_saved: frozenset[str] = frozenset()  # names of buffers that are made again, not stored
 
     def __init__(self, target: Target):
         super().__init__()

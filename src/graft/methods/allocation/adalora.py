@@ -26,7 +26,7 @@ from graft.core.delta import DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.storage import patterns
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.factored import Factored, check_rank
+from graft.methods.families.factored import Factored, check_rank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter

@@ -23,9 +23,9 @@ from graft.core.config import option
 from graft.core.delta import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.kernels.lora import LowRankMap
-from graft.methods import peft_lora
 from graft.methods.deltas.lora import LoRA
-from graft.methods.factored import LowRank
+from graft.methods.families import peft_lora
+from graft.methods.families.factored import LowRank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter

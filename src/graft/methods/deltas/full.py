@@ -103,4 +103,4 @@ class Full(DeltaConfig):
                 parameter.copy_(fresh[name])
 
 
-catalogue.register(Method("full", "Full fine-tuning", "baseline", "delta", "trains the weights themselves", Full))
+catalogue.register(Method("full", "Full fine-tuning", "baseline", "delta", "trains the weights themselves", Full, random=False))

@@ -22,7 +22,7 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout, Pair
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.factored import check_rank, uniform
+from graft.methods.families.factored import check_rank, uniform
 
 
 class HydraDelta(Delta):

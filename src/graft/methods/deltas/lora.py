@@ -23,8 +23,8 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout, PeftFormat
 from graft.core.target import Target
-from graft.methods import peft_lora
-from graft.methods.factored import LowRank
+from graft.methods.families import peft_lora
+from graft.methods.families.factored import LowRank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter

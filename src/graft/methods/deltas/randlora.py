@@ -25,7 +25,7 @@ from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.target import Target
-from graft.methods.factored import check_rank
+from graft.methods.families.factored import check_rank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter

@@ -21,7 +21,7 @@ from graft.core.config import option
 from graft.core.delta import Init
 from graft.core.errors import GraftError
 from graft.core.target import Target
-from graft.methods.factored import low_rank_deltas
+from graft.methods.families.factored import low_rank_deltas
 from graft.numerics.pca import IncrementalPCA
 
 if TYPE_CHECKING:
@@ -82,5 +82,6 @@ class EVA(Init):
 
 catalogue.register(
     Method("eva", "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", "arXiv 2410.07170", "init",
-           "A from the inputs' principal directions, ranks moved to where they explain most", catalogue["lora"].delta, init=EVA, needs="calibration")
+           "A from the inputs' principal directions, ranks moved to where they explain most", catalogue["lora"].delta, init=EVA,
+           random=False, needs="calibration")
 )  # fmt: skip

@@ -23,7 +23,7 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Init
 from graft.core.errors import GraftError
-from graft.methods.factored import low_rank_deltas
+from graft.methods.families.factored import low_rank_deltas
 from graft.numerics.svd import truncated_svd
 
 if TYPE_CHECKING:
@@ -84,6 +84,6 @@ class LoRAGA(Init):
 
 catalogue.register(
     Method("lora-ga", "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", "arXiv 2407.05000", "init",
-           "A and B from the full gradient's singular directions", catalogue["lora"].delta, init=LoRAGA,
+           "A and B from the full gradient's singular directions", catalogue["lora"].delta, init=LoRAGA, random=False,
            needs="calibration with labels", defaults={"rslora": True, "alpha": 16.0})
 )  # fmt: skip

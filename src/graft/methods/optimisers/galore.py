@@ -169,5 +169,5 @@ class GaLore(OptimiserPart):
 
 catalogue.register(
     Method("galore", "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", "arXiv 2403.03507", "optimiser",
-           "full weights, Adam's moments in a projection of the gradient", catalogue["full"].delta, optimiser=GaLore)
+           "full weights, Adam's moments in a projection of the gradient", catalogue["full"].delta, optimiser=GaLore, random=False)
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graft.core.delta import Layout
 from graft.core.errors import GraftError
 from graft.core.storage import patterns
-from graft.methods.factored import LowRank
+from graft.methods.families.factored import LowRank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter

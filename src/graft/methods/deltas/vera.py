@@ -1,0 +1,89 @@
+"""VeRA: two trained vectors around frozen random matrices that all targets share.
+
+    dW = diag(b) B diag(d) A        A [r, in], B [out, r] frozen, one pair for the adapter, sliced for each target
+    d [r] = 0.1, b [out] = 0 trained;   A, B ~ U(-sqrt(6 / columns), sqrt(6 / columns))
+
+Kopiczko et al., arXiv 2310.11454. Drawn as PEFT draws them, from the same seed, so that either can leave the bases out of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.errors import GraftError
+from graft.core.target import Target
+from graft.methods.families.bases import Bases, kaiming, largest
+from graft.methods.families.factored import PLAIN, Factored
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class VeRADelta(Factored):
+    """``b`` [out] and ``d`` [r]; the bases belong to the adapter."""
+
+    def __init__(self, target: Target, rank: int, start: float, bases: Bases):
+        super().__init__(target)
+        self.bases = [bases]  # in a list: owned by the adapter, not by this module
+        self.d = nn.Parameter(torch.full((rank,), start, dtype=target.dtype))
+        self.b = nn.Parameter(torch.zeros(target.shape[0], dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": len(self.d)}
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        rank, (out_features, in_features) = len(self.d), self.target.shape
+        B, A = self.bases[0].leading("vera_B", out_features, rank), self.bases[0].leading("vera_A", rank, in_features)
+        return self.b[:, None] * B.to(self.b) * self.d, A.to(self.d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(DeltaConfig):
+    """Hyper-parameters of VeRA."""
+
+    rank: int = option(256, "rank r of the shared bases", paper="64..1024", low=1)
+    start: float = option(0.1, "what every d begins at", paper="0.1", low=1e-9)
+    save_bases: bool = option(False, "write the bases into the file; false: draw them again from the seed")
+
+    kinds: ClassVar[tuple[str, ...]] = PLAIN
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "VERA", {"b": "vera_lambda_b", "d": "vera_lambda_d"}, ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial")
+    )
+
+    def shared(self, targets: Sequence[Target], seed: int) -> Bases:
+        (out_features, in_features), generator = largest(targets), torch.Generator().manual_seed(seed)
+        A = kaiming((self.rank, in_features), generator)
+        return Bases(self.save_bases, vera_A=A, vera_B=kaiming((out_features, self.rank), generator))
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {target.name: {"rank": self.rank} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> VeRADelta:
+        assert isinstance(shared, Bases)
+        return VeRADelta(target, layout["rank"], self.start, shared)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return out_features + self.rank
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        return {"r": self.rank, "projection_prng_key": adapter.seed, "save_projection": self.save_bases, "vera_dropout": 0.0,
+                "d_initial": self.start}  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+        if not config.get("save_projection", True):
+            raise GraftError("the PEFT adapter leaves its bases out (save_projection=False); save it in PEFT with them.")
+        own = cls(rank=config["r"], start=config["d_initial"], save_bases=True)
+        return own, {name: {"rank": own.rank} for name in shapes}
+
+
+catalogue.register(Method("vera", "VeRA: Vector-based Random Matrix Adaptation", "arXiv 2310.11454", "delta", "vectors on shared random bases", VeRA))

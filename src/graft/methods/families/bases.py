@@ -1,0 +1,40 @@
+"""Frozen random bases that all deltas of one adapter share: drawn once, in fp32 on the CPU, from the adapter's seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.target import Target
+
+
+class Bases(nn.Module):
+    """Tensors by name, ``bases.A``; each delta takes the leading part that fits its target.
+
+    With ``save`` they are in the file; otherwise whoever loads it draws them again, on any machine the same.
+    """
+
+    def __init__(self, save: bool, **tensors: Tensor):
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, value, persistent=save)
+
+    def leading(self, name: str, *sizes: int) -> Tensor:
+        """The leading part of a base with these sizes."""
+        base: Tensor = getattr(self, name)
+        return base[tuple(slice(size) for size in sizes)]
+
+
+def largest(targets: Sequence[Target]) -> tuple[int, int]:
+    """The largest out and the largest in among the targets."""
+    out_features, in_features = (max(sizes) for sizes in zip(*(target.shape for target in targets), strict=True))
+    return out_features, in_features
+
+
+def kaiming(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """``U(-b, b)`` with ``b = sqrt(6 / columns)``: Kaiming's uniform rule for a matrix."""
+    bound = math.sqrt(6 / shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)

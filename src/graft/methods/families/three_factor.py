@@ -1,0 +1,88 @@
+"""Deltas of the form ``dW = s (B N A - B0 N0 A0)``: a square core N between two factors, each of them trained or frozen.
+
+B [out, r], N [r, r], A [r, in], s = alpha / r. The frozen start B0 N0 A0 is there where the factors begin at something that is not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.rebuilt import Rebuilt
+
+FACTORS = ("B", "N", "A")
+
+
+class ThreeFactor(Rebuilt, Factored):
+    """``trained`` names the factors that are parameters; the others, and the start that is subtracted, are frozen."""
+
+    B: Tensor
+    N: Tensor
+    A: Tensor
+
+    def __init__(self, target: Target, layout: Layout, factors: Sequence[Tensor], trained: str, save: bool = True):
+        super().__init__(target)
+        self.scale, self.subtracted = float(layout["scale"]), bool(layout["subtracted"])
+        frozen = {}
+        for name, value in zip(FACTORS, factors, strict=True):
+            if name not in trained:
+                frozen[name] = value
+                continue
+            setattr(self, name, nn.Parameter(value.to(target.dtype, copy=True).contiguous()))  # a copy: it may be a piece of W
+            if self.subtracted:
+                frozen[f"{name}0"] = value
+        self.freeze_factors(save, **frozen)
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": len(self.N), "scale": self.scale, "subtracted": self.subtracted}
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        B, A = self.B @ self.N * self.scale, self.A
+        if not self.subtracted:
+            return B, A
+        B0, N0, A0 = (getattr(self, f"{name}0", getattr(self, name)) for name in FACTORS)
+        start = B0 @ N0 * self.scale
+        return (B - start, A) if A0 is A else (torch.cat([B, start], 1), torch.cat([A, -A0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeFactorConfig(DeltaConfig):
+    """Hyper-parameters that all of them have. Subclasses define :meth:`start` and say which factors train."""
+
+    rank: int = option(8, "rank r of the update", low=1)
+    alpha: float | None = option(None, "numerator of the scale alpha / r; none: the rank", low=1e-6)
+
+    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    trained: ClassVar[str] = "BNA"
+    subtracted: ClassVar[bool] = False  # whether the start is not zero, so that it has to be taken off
+    delta: ClassVar[type[ThreeFactor]] = ThreeFactor
+
+    def start(self, target: Target, rank: int, generator: torch.Generator) -> Sequence[Tensor]:
+        """B [out, r], N [r, r] and A [r, in] before training."""
+        raise NotImplementedError
+
+    @property
+    def saves_frozen(self) -> bool:
+        """Whether files hold the frozen factors; otherwise they are made again from W."""
+        return True
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return {t.name: {"rank": self.rank, "scale": scale, "subtracted": self.subtracted} for t in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> ThreeFactor:
+        check_rank(layout["rank"], target)
+        return self.delta(target, layout, self.start(target, layout["rank"], generator), self.trained, self.saves_frozen)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        sizes = {"B": self.rank * out_features, "N": self.rank**2, "A": self.rank * in_features}
+        return sum(sizes[name] for name in self.trained)

@@ -1,0 +1,35 @@
+"""Orthogonal maps from few parameters: Cayley transforms, Householder reflections, butterfly permutations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew(vectors: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices ``[..., size, size]`` from their upper triangles ``[..., size (size - 1) / 2]``, row by row."""
+    rows, columns = torch.triu_indices(size, size, 1, device=vectors.device)
+    upper: Tensor = vectors.new_zeros(*vectors.shape[:-1], size, size)
+    upper[..., rows, columns] = vectors
+    return upper - upper.mT
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """``(I - Q)^-1 (I + Q)``, orthogonal for skew-symmetric Q ``[..., n, n]``, the identity for Q = 0."""
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return torch.linalg.solve(identity - Q, identity + Q)
+
+
+def householder(vectors: Tensor) -> Tensor:
+    """The product ``H_1 H_2 ... H_k`` with ``H_i = I - 2 u_i u_i^T / u_i^T u_i`` of the rows of ``vectors [k, n]``, as a matrix ``[n, n]``."""
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    product = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+    for u in unit:
+        product = product - 2 * torch.outer(product @ u, u)
+    return product
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """The matrix ``[k n, k n]`` with ``blocks [k, n, n]`` on its diagonal."""
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
