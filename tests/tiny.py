@@ -100,6 +100,7 @@ def classifier_batches(count: int = 3, seed: int = 0, labels: int = 3) -> list[d
 
 SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 3, "initial_rank": 5},
+    "block-lora": {"rank": 4},
     "eva": {"rank": 3},
     "fourierft": {"count": 40},
     "galore": {"rank": 3, "update_interval": 3},
@@ -107,7 +108,10 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "int-tune": {"rank": 8},
     "lisa": {"active_blocks": 1, "interval": 2},
     "lora-ga": {"rank": 3},
+    "loldu": {},
     "lora-xs": {"rank": 8},
+    "mos": {"rank": 3, "private": 1},
+    "nola": {"rank": 3, "count": 20},
     "randlora": {"rank": 5},
     "s2ft": {"down": 0.2, "o": 0.5},
     "shira": {"rank": 3},

@@ -802,7 +802,7 @@ RANKED = [
 def test_a_rank_larger_than_the_matrix_is_refused(row: Method) -> None:
     model = tiny.llama()
     before, modules = bits(model), [name for name, _ in model.named_modules()]
-    options = {name: 37 for name in ("rank", "initial_rank") if any(o.name == name for o in row.options())}
+    options = {name: 72 for name in ("rank", "initial_rank") if any(o.name == name for o in row.options())}
     with pytest.raises(graft.GraftError, match=r"\d+.* x |do not fit"):
         put(model, row, **options)
     assert same_bits(bits(model), before)

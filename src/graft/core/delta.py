@@ -65,6 +65,10 @@ class Delta(nn.Module):
         super().__init__()
         self.target = target
 
+    def refer(self, **modules: nn.Module) -> None:
+        """Keeps ``modules`` that belong to the adapter as attributes, without owning them: saving and moving them is the adapter's."""
+        self.__dict__.update(modules)
+
     @property
     def layout(self) -> Layout:
         """The structure of this delta as JSON; :meth:`DeltaConfig.build` makes the same structure from it."""

@@ -17,7 +17,8 @@ def skew(vectors: Tensor, size: int) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """``(I - Q)^-1 (I + Q)``, orthogonal for skew-symmetric Q ``[..., n, n]``, the identity for Q = 0."""
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return torch.linalg.solve(identity - Q, identity + Q)
+    rotation: Tensor = torch.linalg.solve(identity - Q, identity + Q)
+    return rotation
 
 
 def householder(vectors: Tensor) -> Tensor:

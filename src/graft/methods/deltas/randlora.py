@@ -25,27 +25,11 @@ from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.target import Target
+from graft.methods.families.bases import Bases, largest
 from graft.methods.families.factored import check_rank
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
-
-
-class Bases(nn.Module):
-    """The frozen random bases A [r, 1, m] and B [M, n, r] of one adapter, drawn in fp32 from the seed on the CPU."""
-
-    def __init__(self, rank: int, shapes: Sequence[tuple[int, int]], seed: int, sparsity: float | None, save: bool):
-        super().__init__()
-        smallest, largest = sorted(max(sizes) for sizes in zip(*shapes, strict=True))  # PEFT's rule: the largest out and the largest in
-        generator = torch.Generator().manual_seed(seed)
-        A = torch.rand((rank, 1, smallest), generator=generator)
-        B = torch.rand((largest, math.ceil(smallest / rank), rank), generator=generator)
-        if sparsity is None:
-            A, B = A - 0.5, B - 0.5
-        else:  # -1, 0 or 1, with probability 1 / (2 sparsity) for either sign
-            A, B = ((x > 1 - 0.5 / sparsity).float() - (x < 0.5 / sparsity).float() for x in (A, B))
-        self.register_buffer("randlora_A", unit(A), persistent=save)
-        self.register_buffer("randlora_B", unit(B), persistent=save)
 
 
 def unit(base: Tensor) -> Tensor:
@@ -57,10 +41,12 @@ def unit(base: Tensor) -> Tensor:
 class RandLoRADelta(Delta):
     """lambda [r, n] and gamma [n, m]; the bases belong to the adapter."""
 
+    bases: Bases
+
     def __init__(self, target: Target, layout: Layout, bases: Bases):
         super().__init__(target)
         self.rank, self.scale = layout["rank"], layout["scale"]
-        self.bases = [bases]  # in a list: owned by the adapter, not by this module
+        self.refer(bases=bases)
         smallest, count = min(target.shape), math.ceil(min(target.shape) / layout["rank"])
         self.lambda_ = nn.Parameter(torch.zeros(layout["rank"], count, dtype=target.dtype))
         self.gamma = nn.Parameter(torch.full((count, smallest), 1 / max(count, smallest), dtype=target.dtype))
@@ -71,9 +57,9 @@ class RandLoRADelta(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         (r, n), (M, m) = self.lambda_.shape, (max(self.target.shape), min(self.target.shape))
-        bases = self.bases[0]
-        wide = (self.lambda_[:, :, None] * bases.randlora_A[:, :, :m] * self.gamma).reshape(r * n, m)  # type: ignore[index]
-        tall = bases.randlora_B[:M, :n].reshape(M, n * r).to(wide.dtype) * self.scale  # type: ignore[index]
+        A, B = self.bases.leading("randlora_A", r, 1, m), self.bases.leading("randlora_B", M, n)
+        wide = (self.lambda_[:, :, None] * A * self.gamma).reshape(r * n, m)
+        tall = B.reshape(M, n * r).to(wide.dtype) * self.scale
         out_features, in_features = self.target.shape
         return (tall, wide) if out_features >= in_features else (wide.T, tall.T)
 
@@ -104,10 +90,18 @@ class RandLoRA(DeltaConfig):
         ("r", "randlora_alpha", "randlora_dropout", "projection_prng_key", "save_projection", "sparse", "very_sparse"),
     )  # fmt: skip
 
-    def shared(self, targets: Sequence[Target], seed: int) -> nn.Module:
-        shapes = [t.shape for t in targets]
-        sparsity = {"uniform": None, "sparse": 3.0, "very sparse": math.sqrt(min(map(max, zip(*shapes, strict=True))))}[self.bases]
-        return Bases(self.rank, shapes, seed, sparsity, self.save_bases)
+    def shared(self, targets: Sequence[Target], seed: int) -> Bases:
+        """A [r, 1, m] and B [M, n, r], as large as PEFT makes them: from the largest out and the largest in."""
+        smaller, larger = sorted(largest(targets))
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.rand((self.rank, 1, smaller), generator=generator)
+        B = torch.rand((larger, math.ceil(smaller / self.rank), self.rank), generator=generator)
+        if self.bases == "uniform":
+            A, B = A - 0.5, B - 0.5
+        else:  # -1, 0 or 1, with probability 1 / (2 sparsity) for either sign
+            sparsity = 3.0 if self.bases == "sparse" else math.sqrt(smaller)
+            A, B = ((x > 1 - 0.5 / sparsity).float() - (x < 0.5 / sparsity).float() for x in (A, B))
+        return Bases(self.save_bases, randlora_A=unit(A), randlora_B=unit(B))
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
         return {t.name: {"rank": self.rank, "scale": self.scale(t)} for t in targets}

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 class VeRADelta(Factored):
     """``b`` [out] and ``d`` [r]; the bases belong to the adapter."""
 
+    bases: Bases
+
     def __init__(self, target: Target, rank: int, start: float, bases: Bases):
         super().__init__(target)
-        self.bases = [bases]  # in a list: owned by the adapter, not by this module
+        self.refer(bases=bases)
         self.d = nn.Parameter(torch.full((rank,), start, dtype=target.dtype))
         self.b = nn.Parameter(torch.zeros(target.shape[0], dtype=target.dtype))
 
@@ -42,7 +44,7 @@ class VeRADelta(Factored):
 
     def product(self) -> tuple[Tensor, Tensor]:
         rank, (out_features, in_features) = len(self.d), self.target.shape
-        B, A = self.bases[0].leading("vera_B", out_features, rank), self.bases[0].leading("vera_A", rank, in_features)
+        B, A = self.bases.leading("vera_B", out_features, rank), self.bases.leading("vera_A", rank, in_features)
         return self.b[:, None] * B.to(self.b) * self.d, A.to(self.d)
 
 

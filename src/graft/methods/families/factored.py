@@ -120,9 +120,13 @@ class LowRank(Factored):
             check_rank(layout["frozen"], self.target)
             self.A0, self.B0 = self.A.new_zeros(layout["frozen"], self.A.shape[1]), self.B.new_zeros(len(self.B), layout["frozen"])
 
+    def acting(self) -> tuple[Tensor, Tensor]:
+        """``(B, A)`` as they act: what a method makes of the trained pair before anything else."""
+        return self.B, self.A
+
     def product(self) -> tuple[Tensor, Tensor]:
-        B: Tensor = self.B * (self.active.to(self.B.dtype) * self.scale)
-        A: Tensor = self.A
+        B, A = self.acting()
+        B = B * (self.active.to(B.dtype) * self.scale)
         if self.A0 is not None and self.B0 is not None:
             B, A = torch.cat([B, self.B0 * self.scale], 1), torch.cat([A, -self.A0])
         return B, A
@@ -138,7 +142,7 @@ class LowRank(Factored):
 
     def freeze_start(self) -> None:
         """Remembers the present A and B as the start that is subtracted, so that the delta is zero now."""
-        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+        self.B0, self.A0 = (factor.detach().clone() for factor in self.acting())
 
     def file_key(self, key: str, peft: PeftFormat | None) -> str:
         name = super().file_key(key, peft)
@@ -148,7 +152,8 @@ class LowRank(Factored):
 
     def exported(self) -> dict[str, Tensor]:
         tensors = {name: value for name, value in self.tensors().items() if name not in ("active", "A0", "B0")}
-        A, B = self.A.detach(), self.B.detach() * self.active
+        B, A = (factor.detach() for factor in self.acting())
+        B = B * self.active
         if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([A, -self.A0]), torch.cat([B, self.B0], 1)
         if isinstance(self.target.module, nn.Conv2d):  # PEFT's form: a convolution down to r channels, and a 1 x 1 convolution up

@@ -1,0 +1,76 @@
+"""LoLDU: trains the leading entries of D in the pivoted decomposition W = P L D U.
+
+    dW = s (P L)_r diag(d) U_r       (P L)_r [out, r], U_r [r, in] frozen, d [r] trained from 0: what is added to D
+    L unit lower, U unit upper triangular, P the permutation of partial pivoting
+
+Shi et al., arXiv 2410.13618. The authors train z = D_r + d beside a residual W - s (P L)_r D_r U_r; with d beside W itself W stays whole. Their code
+takes the first r pivots; ``pick`` largest takes those of the largest size. Their other starts of z change the function before training
+(they subtract D and add z), and are left out. Rows of U that belong to vanishing pivots are kept finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.rebuilt import Rebuilt, save_bases
+from graft.numerics.lu import ldu
+
+
+class LoLDUDelta(Rebuilt, Factored):
+    """``d`` [r] between frozen L [out, r] and U [r, in]."""
+
+    L: Tensor
+    U: Tensor
+
+    def __init__(self, target: Target, layout: Layout, pick: str, save: bool):
+        super().__init__(target)
+        self.scale, rank = float(layout["scale"]), layout["rank"]
+        check_rank(rank, target)
+        L, D, U = ldu(target.weight().to(target.dtype))
+        chosen = D.abs().argsort(descending=True, stable=True)[:rank] if pick == "largest" else torch.arange(rank, device=D.device)
+        self.freeze_factors(save, L=L[:, chosen], U=U[chosen])
+        self.d = nn.Parameter(torch.zeros(rank, dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": len(self.d), "scale": self.scale}
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        return self.L * (self.d * self.scale), self.U
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoLDU(DeltaConfig):
+    """Hyper-parameters of LoLDU."""
+
+    rank: int | None = option(None, "pivots r that train; none: all", paper="768 (all)", low=1)
+    scale: float = option(1.0, "scale s of the update", paper="alpha / r, which only rescales the learning rate")
+    pick: Literal["first", "largest"] = option("first", "which pivots train", paper="first")
+    save_bases: bool = save_bases()
+
+    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {target.name: {"rank": self.rank or min(target.shape), "scale": self.scale} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoLDUDelta:
+        return LoLDUDelta(target, layout, self.pick, self.save_bases)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return self.rank or min(out_features, in_features)
+
+
+catalogue.register(
+    Method("loldu", "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition", "arXiv 2410.13618", "delta",
+           "the diagonal of W's LDU decomposition", LoLDU, random=False)
+)  # fmt: skip
