@@ -22,8 +22,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 SOME = ["dora", "shira", "galore", "randlora", "s2ft", "lora-ga"]  # beside the baselines, which full and lora are among
 ALL = ["adalora", "dora", "eva", "galore", "hydra", "lisa", "lora-ga", "randlora", "s2ft", "shira"]
-MINILM = {"model": "minilm", "methods": ALL, "refine": False, "steps": 40}
-SMOLLM2 = {"model": "smollm2", "methods": SOME, "refine": False, "steps": 30, "dtype": "bfloat16", "batch_size": 8, "validation_rows": 60}
+MINILM = {"model": "minilm", "methods": ALL, "steps": 40}
+SMOLLM2 = {
+    "model": "smollm2", "methods": SOME, "lrs": [2e-4, 1e-3, 5e-3], "refine": False, "steps": 30, "dtype": "bfloat16", "batch_size": 8,
+    "validation_rows": 60,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
     "imdb-minilm": {**MINILM, "data": "imdb", "batch_size": 8, "max_length": 160},
