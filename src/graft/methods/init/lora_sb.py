@@ -41,7 +41,7 @@ class LoRASB(Init):
             raise GraftError("LoRA-SB looks at gradients; pass calibration=a few batches with labels.")
         for target, gradient in calibration.gradients(list(deltas)):
             delta = deltas[target]
-            U, S, Vh = truncated_svd(-self.first_step * gradient.sign(), len(delta.N), seed=adapter.seed)
+            U, S, Vh = truncated_svd(-self.first_step * gradient.sign().to(delta.B), len(delta.N), seed=adapter.seed)
             with torch.no_grad():
                 for factor, value in ((delta.B, U), (delta.N, torch.diag(S) / delta.scale), (delta.A, Vh)):
                     factor.copy_(value)
