@@ -29,9 +29,9 @@ SMOLLM2 = {
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
-    "imdb-minilm": {**MINILM, "data": "imdb", "batch_size": 8, "max_length": 160},
+    "imdb-minilm": {**MINILM, "data": "imdb", "batch_size": 8, "max_length": 96},
     "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
-    "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "max_length": 224, "test_rows": 60, "match": "number"},
+    "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "batch_size": 4, "max_length": 224, "test_rows": 60, "match": "number"},
 }
 
 

@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from graft.compare.job import run_job
 
 LOG = "log.txt"
@@ -53,12 +55,12 @@ def fresh_processes() -> ForkServerContext:
 
 
 class LocalWorkers:
-    """``slots`` processes at a time, each with its share of the cores."""
+    """``slots`` processes at a time, each with its share of the threads that torch has here (OMP_NUM_THREADS, or all cores)."""
 
     retries = False  # what died here for lack of memory would die again
 
     def __init__(self, slots: int = 1):
-        self.slots, self.threads = slots, max(1, (os.cpu_count() or 1) // slots)
+        self.slots, self.threads = slots, max(1, torch.get_num_threads() // slots)
         self.running: dict[Path, BaseProcess] = {}
 
     def start(self, folder: Path) -> None:
