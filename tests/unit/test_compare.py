@@ -318,9 +318,9 @@ def test_a_method_named_twice() -> None:
         contenders(CompareConfig.make({"data": "d", "output": "o", "methods": ["dora", "dora"]}), "text")
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "shira", "adalora", "randlora", "s2ft", "hydra"])
+@pytest.mark.parametrize("name", ["lora", "dora", "shira", "adalora", "randlora", "s2ft", "hydra", "lora-xs", "nola", "fourierft"])
 def test_a_budget_of_parameters_is_used_and_not_exceeded(name: str) -> None:
-    model, limit = tiny.llama(), 12_000 if name != "s2ft" else 1000
+    model, limit = tiny.llama(), {"s2ft": 1000, "lora-xs": 2000, "nola": 2000, "fourierft": 2000}.get(name, 12_000)
     targets = {name: find_targets(model, catalogue[name].default_targets, catalogue[name].delta.kinds)}
     sized = within(parse(name), limit, targets)
     assert sized is not None

@@ -14,8 +14,9 @@ from graft.data.reading import Kind
 
 BASELINES = ("base", "few-shot", "linear-probe", "full", "lora")
 # Options that set the size of a method. A budget is looked for among the values of the first that it has; the others keep their proportion.
-SIZES = ("rank", "initial_rank", "output_rank", "down")
+SIZES = ("rank", "initial_rank", "output_rank", "down", "count")
 RANKS, SHARES = range(1, 257), [i / 1000 for i in (*range(1, 10), *range(10, 500, 5))]
+COUNTS = sorted({round(1.05**power) for power in range(240)})
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _sizes(knobs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {}
         return
     first = next(name for name in SIZES if name in knobs)
-    for value in RANKS if isinstance(knobs[first], int) else SHARES:
+    for value in COUNTS if first == "count" else RANKS if isinstance(knobs[first], int) else SHARES:
         factor = value / knobs[first]
         scaled = {name: max(1, round(own * factor)) if isinstance(own, int) else own * factor for name, own in knobs.items()}
         yield {**scaled, first: value}
