@@ -156,6 +156,10 @@ class Target:
             return F.conv2d(h, weight[:, :, None, None])
         return F.linear(h, weight)
 
+    def scale(self, h: Tensor, gains: Tensor) -> Tensor:
+        """Each channel of an output of this map (or of :meth:`apply` with another matrix) times its gain ``[channels]``."""
+        return h * gains.to(h.dtype).view((-1, 1, 1) if self.kind == "conv2d" else (-1,))
+
     def rows(self, x: Tensor) -> Tensor:
         """The inputs of the map as vectors ``[n, in]``, one for each position."""
         if not self.pointwise:

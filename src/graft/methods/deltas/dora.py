@@ -70,7 +70,7 @@ class DoRADelta(LowRank):
 
     def finish(self, y: Tensor) -> Tensor:
         channels = (-1, 1, 1) if self.target.kind == "conv2d" else (-1,)
-        y = y * self.gain().to(y.dtype).view(channels)
+        y = self.target.scale(y, self.gain())
         return y if self.target.bias is None else y + self.target.bias.to(y.dtype).view(channels)
 
     def exported(self) -> dict[str, Tensor]:

@@ -21,12 +21,13 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.diagonal import Diagonal
+from graft.methods.families.factored import check_rank
 from graft.methods.families.rebuilt import Rebuilt, save_bases
 from graft.numerics.lu import ldu
 
 
-class LoLDUDelta(Rebuilt, Factored):
+class LoLDUDelta(Rebuilt, Diagonal):
     """``d`` [r] between frozen L [out, r] and U [r, in]."""
 
     L: Tensor
@@ -45,8 +46,8 @@ class LoLDUDelta(Rebuilt, Factored):
     def layout(self) -> Layout:
         return {"rank": len(self.d), "scale": self.scale}
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        return self.L * (self.d * self.scale), self.U
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.L, self.d * self.scale, self.U
 
 
 @dataclass(frozen=True, kw_only=True)

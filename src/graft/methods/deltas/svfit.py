@@ -19,12 +19,13 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.diagonal import Diagonal
+from graft.methods.families.factored import check_rank
 from graft.methods.families.rebuilt import Rebuilt, save_bases
 from graft.numerics.svd import truncated_svd
 
 
-class SVFitDelta(Rebuilt, Factored):
+class SVFitDelta(Rebuilt, Diagonal):
     """``d`` [r] between frozen U [out, r] and V [r, in]."""
 
     U: Tensor
@@ -41,8 +42,8 @@ class SVFitDelta(Rebuilt, Factored):
     def layout(self) -> Layout:
         return {"rank": len(self.d)}
 
-    def product(self) -> tuple[Tensor, Tensor]:
-        return self.U * self.d, self.V
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.U, self.d, self.V
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,14 @@ from graft.core.delta import DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.target import Target
 from graft.methods.families.bases import Bases, kaiming, largest
-from graft.methods.families.factored import PLAIN, Factored
+from graft.methods.families.diagonal import Diagonal
+from graft.methods.families.factored import PLAIN
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
 
 
-class VeRADelta(Factored):
+class VeRADelta(Diagonal):
     """``b`` [out] and ``d`` [r]; the bases belong to the adapter."""
 
     bases: Bases
@@ -42,10 +43,19 @@ class VeRADelta(Factored):
     def layout(self) -> Layout:
         return {"rank": len(self.d)}
 
-    def product(self) -> tuple[Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         rank, (out_features, in_features) = len(self.d), self.target.shape
         B, A = self.bases.leading("vera_B", out_features, rank), self.bases.leading("vera_A", rank, in_features)
-        return self.b[:, None] * B.to(self.b) * self.d, A.to(self.d)
+        return B.to(self.d), self.d, A.to(self.d)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        B, A = super().product()
+        return self.b[:, None] * B, A
+
+    def forward(self, x: Tensor) -> Tensor:
+        target, (B, d, A) = self.target, self.parts()
+        branch = target.mix(target.scale(target.apply(x, A), d), B)
+        return target.apply(x, target.weight(), target.bias) + target.scale(branch, self.b)
 
 
 @dataclass(frozen=True, kw_only=True)
