@@ -3,8 +3,9 @@
     python benchmarks/comparisons.py --data ../shared/data --runs runs/comparisons
     python benchmarks/comparisons.py --only agnews-minilm
 
-MiniLM labels (agnews, imdb) with every method of part 1; SmolLM2 answers (arc-easy by choice; arithmetic by writing: trained on
-math-rationales, tested on multiarith). A comparison that was stopped goes on; its reports are copied to docs/results at the end of each.
+MiniLM labels (agnews, imdb) with the first ten methods; SmolLM2 answers (arc-easy by choice; arithmetic by writing: trained on
+math-rationales, tested on multiarith) with six of them; low-rank: the whole catalogue on SmolLM2. A comparison that was stopped goes
+on; its reports are copied to docs/results at the end of each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import graft
+from graft.compare.answer import Answer, Entry
+from graft.compare.results import load_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -31,6 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
     "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
     "imdb-minilm": {**MINILM, "data": "imdb", "batch_size": 8, "max_length": 96},
     "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
+    "low-rank": {
+        **SMOLLM2,
+        "data": "sst-2",
+        "max_length": 96,
+        "methods": None,
+        "lrs": [3e-4, 3e-3, 3e-2],
+        "batch_size": 8,
+        "validation_rows": 60,
+    },
     "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "batch_size": 4, "max_length": 224, "test_rows": 60, "match": "number"},
 }
 
@@ -48,6 +62,8 @@ def arithmetic(source: Path, folder: Path) -> Path:
 def run(name: str, source: Path, runs: Path, jobs: int) -> None:
     """One comparison, and its reports into docs/results."""
     settings = dict(CASES[name])
+    if settings["methods"] is None:
+        settings["methods"] = [row.name for row in graft.methods() if row.name != "full"]
     data = arithmetic(source, runs / "data" / "arithmetic") if settings["data"] == "arithmetic" else source / settings["data"]
     output = runs / name
     config = runs / f"{name}.json"
@@ -56,11 +72,44 @@ def run(name: str, source: Path, runs: Path, jobs: int) -> None:
     subprocess.run([sys.executable, "-m", "graft", "compare", "--config", str(config), "--jobs", str(jobs)], check=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     page = (output / "report.md").read_text(encoding="utf-8").replace("# Comparison", f"# {name}", 1)
+    if CASES[name]["methods"] is None:
+        table = beside_lora(Answer(load_records(output)))
+        page = page.replace("## Conditions", f"## Beside LoRA\n\n{table}\n\n## Conditions", 1)
+    title = name if CASES[name]["methods"] is None else f"compare-{name}"
     for file in ("report.png", "results.jsonl"):
-        page = page.replace(file, f"compare-{name}{Path(file).suffix}")
-        shutil.copy(output / file, RESULTS / f"compare-{name}{Path(file).suffix}")
+        page = page.replace(file, f"{title}{Path(file).suffix}")
+        shutil.copy(output / file, RESULTS / f"{title}{Path(file).suffix}")
     page += f"\nMade by `python benchmarks/comparisons.py --only {name}`, which holds its settings.\n"
-    (RESULTS / f"compare-{name}.md").write_text(page, encoding="utf-8")
+    (RESULTS / f"{title}.md").write_text(page, encoding="utf-8")
+
+
+def beside_lora(answer: Answer) -> str:
+    """Size, time and memory of each method over LoRA's, as a Markdown table; the best quality first."""
+    (lora,) = (entry for entry in answer.entries if entry.name == "lora")
+    header = [
+        "method",
+        answer.measure,
+        "place",
+        "parameters",
+        "adapter, kB",
+        "parameters / LoRA",
+        "bytes / LoRA",
+        "s / update / LoRA",
+        "memory / LoRA",
+    ]
+
+    def row(entry: Entry) -> list[str]:
+        shares = [
+            entry.parameters / lora.parameters,
+            entry.adapter_bytes / lora.adapter_bytes,
+            (entry.step_seconds or 0) / (lora.step_seconds or 1),
+            entry.memory_bytes / lora.memory_bytes,
+        ]
+        sizes = [f"{entry.parameters:,}", f"{entry.adapter_bytes / 1e3:,.1f}"]
+        return [entry.name, answer.span(entry.quality), entry.places, *sizes, *(f"{share:.3g}" for share in shares)]
+
+    rows = [header, ["---"] * len(header), *(row(entry) for entry in answer.entries if entry.parameters)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def from_here(text: str) -> Path:
