@@ -33,10 +33,14 @@ class CompLoRADelta(LowRank):
     U: Tensor
     V: Tensor
 
-    def protect(self, count: int, side: str) -> None:
-        U, _, V = truncated_svd(self.target.weight().to(self.target.dtype), count)
-        self.register_buffer("U", U if side != "right" else U[:, :0])
-        self.register_buffer("V", V if side != "left" else V[:0])
+    def protect(self, count: int | None, energy: float, side: str) -> None:
+        """Protects ``count`` directions; None: as many as hold the share ``energy``."""
+        U, S, V = truncated_svd(self.target.weight().to(self.target.dtype), min(self.target.shape))
+        if count is None:
+            held = S.square().cumsum(0)
+            count = min(int((held < energy * held[-1]).sum()) + (energy > 0), len(S) - self.rank)
+        self.register_buffer("U", U[:, : count if side != "right" else 0].clone())
+        self.register_buffer("V", V[: count if side != "left" else 0].clone())
 
     def acting(self) -> tuple[Tensor, Tensor]:
         B: Tensor = self.B
@@ -62,17 +66,12 @@ class CompLoRA(LoRA):
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
         layouts = super().layouts(targets, model, seed, calibration)
-        return {target.name: {**layouts[target.name], "protected": self.count(target)} for target in targets}
-
-    def count(self, target: Target) -> int:
-        """k at a target."""
-        energy = torch.linalg.svdvals(target.weight().to(target.dtype)).square().cumsum(0)
-        return min(int((energy < self.energy * energy[-1]).sum()) + (self.energy > 0), max(min(target.shape) - self.rank, 0))
+        return {name: {**layout, "protected": None} for name, layout in layouts.items()}  # build() looks at W once for both
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LowRank:
         delta = super().build(target, layout, shared, generator)
         assert isinstance(delta, CompLoRADelta)
-        delta.protect(layout["protected"], self.side)
+        delta.protect(layout["protected"], self.energy, self.side)
         return delta
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -40,8 +41,7 @@ class FourierFTDelta(Additive):
         if not 1 <= count <= size:
             raise GraftError(f"count is {count}, but the spectrum of {target.name} is {target.shape[0]} x {target.shape[1]}: choose 1 to {size}.")
         self.c = nn.Parameter(torch.zeros(count, dtype=target.dtype))
-        generator = torch.Generator().manual_seed(self.seed)
-        self.register_buffer("places", torch.randperm(size, generator=generator)[:count])
+        self.register_buffer("places", drawn(size, count, self.seed))
 
     @property
     def layout(self) -> Layout:
@@ -52,6 +52,12 @@ class FourierFTDelta(Additive):
         spectrum = self.c.new_zeros(out_features * in_features).index_put((self.places,), self.c)
         update: Tensor = torch.fft.ifft2(spectrum.view(out_features, in_features)).real * self.scale
         return update
+
+
+@lru_cache(maxsize=64)
+def drawn(size: int, count: int, seed: int) -> Tensor:
+    """``count`` of ``size`` places, as PEFT draws them."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
 
 
 @dataclass(frozen=True, kw_only=True)
