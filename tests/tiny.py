@@ -106,6 +106,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "hydra": {"rank": 3, "output_rank": 5},
     "int-tune": {"rank": 8},
     "lisa": {"active_blocks": 1, "interval": 2},
+    "loca": {"count": 40, "share": 0.8, "value_updates": 1, "place_updates": 2},
     "lora-ga": {"rank": 3},
     "lora-xs": {"rank": 8},
     "randlora": {"rank": 5},
