@@ -126,7 +126,7 @@ def test_values_and_places_take_turns_until_places_stay(micro_batches: int) -> N
     assert isinstance(turns, Turns)
     x = torch.randn(8, 40)
     model.train()
-    for t in range(70):
+    for t in range(80):
         a, p = delta.a.detach().clone(), delta.p.detach().clone()
         for _ in range(micro_batches):
             model(x).square().sum().backward()
