@@ -113,6 +113,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "s2ft": {"down": 0.2, "o": 0.5},
     "shira": {"rank": 3},
     "svfit": {},
+    "tlora": {"rank": 2},
     "vera": {"rank": 11},
 }
 
