@@ -107,6 +107,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "hydra": {"rank": 3, "output_rank": 5},
     "int-tune": {"rank": 8},
     "lisa": {"active_blocks": 1, "interval": 2},
+    "loca": {"count": 40, "share": 0.8, "value_updates": 1, "place_updates": 2},
     "lora-ga": {"rank": 3},
     "loldu": {},
     "lora-xs": {"rank": 8},
@@ -116,6 +117,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "s2ft": {"down": 0.2, "o": 0.5},
     "shira": {"rank": 3},
     "svfit": {},
+    "tlora": {"rank": 2},
     "vera": {"rank": 11},
 }
 

@@ -23,10 +23,10 @@ OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pa
 
 def write(adapter: Adapter, dropout: float, use_dora: bool) -> dict[str, Any]:
     """PEFT's keys for an adapter of :class:`LowRank` deltas."""
-    deltas = {name: delta for name, delta in adapter.deltas.items() if isinstance(delta, LowRank)}
-    ranks = {name: delta.rank + delta.layout["frozen"] for name, delta in deltas.items()}
+    layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, LowRank)}
+    ranks = {name: layout["rank"] + layout["frozen"] for name, layout in layouts.items()}
     rank, rank_pattern = patterns(ranks)
-    alpha, alpha_pattern = patterns({name: delta.scale * ranks[name] for name, delta in deltas.items()})
+    alpha, alpha_pattern = patterns({name: layout["scale"] * ranks[name] for name, layout in layouts.items()})
     return {
         "r": rank, "rank_pattern": rank_pattern, "lora_alpha": alpha, "alpha_pattern": alpha_pattern, "use_rslora": False,
         "use_dora": use_dora, "lora_dropout": dropout, "bias": "none",
