@@ -38,6 +38,7 @@ in_peft = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row
 quiet_peft = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     r"ignore:Unexpected keyword arguments \['graft'\]:UserWarning",
+    r"ignore:Unexpected keyword arguments \['fan_in_fan_out', 'graft'\]:UserWarning",  # its LOHA, LOKR, DELORA and C3A know no Conv1D
     "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
@@ -511,6 +512,7 @@ PEFT_PLACES = {
 }
 # What PEFT itself has: ADALORA, SHIRA and RANDLORA layers exist for nn.Linear and (not all) Conv1D only.
 PEFT_KINDS = {"LORA": ("linear", "conv1d", "embedding", "conv2d"), "ADALORA": ("linear", "conv1d"), "SHIRA": ("linear",), "RANDLORA": ("linear",)}
+PEFT_KINDS |= {"HIRA": ("linear", "conv1d", "embedding", "conv2d"), "LOHA": ("linear", "conv2d")}
 
 
 @quiet_peft
@@ -555,6 +557,10 @@ def peft_configs() -> list[Any]:
         ),
         pytest.param("vera", peft.VeraConfig(**common, r=7, d_initial=0.3, projection_prng_key=3), id="vera"),
         pytest.param("fourierft", peft.FourierFTConfig(**common, n_frequency=30, scaling=20.0, n_frequency_pattern={"v_proj": 50}), id="fourierft"),
+        pytest.param("hira", peft.HiraConfig(**common, r=3, rank_pattern={"down_proj": 5}), id="hira"),
+        pytest.param("hira", peft.HiraConfig(**{**common, "target_modules": ["embed_tokens", "q_proj"]}, r=3), id="hira-embedding"),
+        pytest.param("loha", peft.LoHaConfig(**common, r=3, alpha=5, init_weights=False), id="loha"),
+        pytest.param("loha", peft.LoHaConfig(**common, r=3, alpha=5, init_weights=False, **varied), id="loha-patterns"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
