@@ -512,7 +512,7 @@ PEFT_PLACES = {
 }
 # What PEFT itself has: ADALORA, SHIRA and RANDLORA layers exist for nn.Linear and (not all) Conv1D only.
 PEFT_KINDS = {"LORA": ("linear", "conv1d", "embedding", "conv2d"), "ADALORA": ("linear", "conv1d"), "SHIRA": ("linear",), "RANDLORA": ("linear",)}
-PEFT_KINDS |= {"HIRA": ("linear", "conv1d", "embedding", "conv2d"), "LOHA": ("linear", "conv2d")}
+PEFT_KINDS |= {"HIRA": ("linear", "conv1d", "embedding", "conv2d"), "LOHA": ("linear", "conv2d"), "LOKR": ("linear", "conv2d")}
 
 
 @quiet_peft
@@ -561,6 +561,9 @@ def peft_configs() -> list[Any]:
         pytest.param("hira", peft.HiraConfig(**{**common, "target_modules": ["embed_tokens", "q_proj"]}, r=3), id="hira-embedding"),
         pytest.param("loha", peft.LoHaConfig(**common, r=3, alpha=5, init_weights=False), id="loha"),
         pytest.param("loha", peft.LoHaConfig(**common, r=3, alpha=5, init_weights=False, **varied), id="loha-patterns"),
+        pytest.param("lokr", peft.LoKrConfig(**common, r=3, alpha=5, init_weights=False, **varied), id="lokr-patterns"),
+        pytest.param("lokr", peft.LoKrConfig(**common, r=2, init_weights=False, decompose_both=True, decompose_factor=5), id="lokr-both"),
+        pytest.param("lokr", peft.LoKrConfig(**common, r=99, alpha=99, init_weights=False), id="lokr-whole"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
@@ -796,7 +799,7 @@ def test_unknown_options_and_wrong_types_are_refused(row: Method) -> None:
     assert [name for name, _ in model.named_modules()] == modules
 
 
-ANY_RANK = {"vera"}  # vectors on random bases, which may be wider than the matrix
+ANY_RANK = {"vera", "lokr"}  # vectors on random bases, which may be wider than the matrix; factors that a larger rank leaves whole
 RANKED = [
     row
     for row in ROWS
