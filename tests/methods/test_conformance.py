@@ -564,6 +564,9 @@ def peft_configs() -> list[Any]:
         pytest.param("lokr", peft.LoKrConfig(**common, r=3, alpha=5, init_weights=False, **varied), id="lokr-patterns"),
         pytest.param("lokr", peft.LoKrConfig(**common, r=2, init_weights=False, decompose_both=True, decompose_factor=5), id="lokr-both"),
         pytest.param("lokr", peft.LoKrConfig(**common, r=99, alpha=99, init_weights=False), id="lokr-whole"),
+        pytest.param(
+            "delora", peft.DeloraConfig(**common, r=3, init_weights=False, rank_pattern={"down_proj": 5}, lambda_pattern={"v_proj": 4}), id="delora"
+        ),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
