@@ -567,6 +567,7 @@ def peft_configs() -> list[Any]:
         pytest.param(
             "delora", peft.DeloraConfig(**common, r=3, init_weights=False, rank_pattern={"down_proj": 5}, lambda_pattern={"v_proj": 4}), id="delora"
         ),
+        pytest.param("c3a", peft.C3AConfig(**common, block_size=4, block_size_pattern={"q_proj": 2}), id="c3a"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
