@@ -104,6 +104,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "eva": {"rank": 3},
     "fourierft": {"count": 40},
     "galore": {"rank": 3, "update_interval": 3},
+    "gralora": {"rank": 6, "hybrid_rank": 2},
     "hydra": {"rank": 3, "output_rank": 5},
     "int-tune": {"rank": 8},
     "lisa": {"active_blocks": 1, "interval": 2},

@@ -512,7 +512,12 @@ PEFT_PLACES = {
 }
 # What PEFT itself has: ADALORA, SHIRA and RANDLORA layers exist for nn.Linear and (not all) Conv1D only.
 PEFT_KINDS = {"LORA": ("linear", "conv1d", "embedding", "conv2d"), "ADALORA": ("linear", "conv1d"), "SHIRA": ("linear",), "RANDLORA": ("linear",)}
-PEFT_KINDS |= {"HIRA": ("linear", "conv1d", "embedding", "conv2d"), "LOHA": ("linear", "conv2d"), "LOKR": ("linear", "conv2d")}
+PEFT_KINDS |= {
+    "HIRA": ("linear", "conv1d", "embedding", "conv2d"),
+    "LOHA": ("linear", "conv2d"),
+    "LOKR": ("linear", "conv2d"),
+    "GRALORA": ("linear", "conv1d"),
+}
 
 
 @quiet_peft
@@ -568,6 +573,8 @@ def peft_configs() -> list[Any]:
             "delora", peft.DeloraConfig(**common, r=3, init_weights=False, rank_pattern={"down_proj": 5}, lambda_pattern={"v_proj": 4}), id="delora"
         ),
         pytest.param("c3a", peft.C3AConfig(**common, block_size=4, block_size_pattern={"q_proj": 2}), id="c3a"),
+        pytest.param("gralora", peft.GraloraConfig(**common, r=6, alpha=9, init_weights=False), id="gralora"),
+        pytest.param("gralora", peft.GraloraConfig(**common, r=8, gralora_k=4, hybrid_r=3, init_weights=False), id="gralora-hybrid"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 

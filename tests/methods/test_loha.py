@@ -64,7 +64,7 @@ def test_thin_factors_train_without_a_dense_gradient() -> None:
     kept: list[int] = []
     own = model[0].weight.data_ptr()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(0 if t.data_ptr() == own else t.numel()), t)[1], lambda t: t):
-        model(torch.randn(5, 90))
+        model(torch.randn(5, 90, requires_grad=True))
     assert 0 < max(kept) < 70 * 90 / 4
 
 

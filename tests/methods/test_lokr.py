@@ -83,7 +83,7 @@ def test_nothing_as_large_as_the_weight_is_kept() -> None:
     kept: list[int] = []
     own = model[0].weight.data_ptr()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(0 if t.data_ptr() == own else t.numel()), t)[1], lambda t: t):
-        model(torch.randn(5, 96))
+        model(torch.randn(5, 96, requires_grad=True))
     assert 0 < max(kept) < 64 * 96 / 4
 
 
