@@ -38,6 +38,7 @@ in_peft = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row
 quiet_peft = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     r"ignore:Unexpected keyword arguments \['graft'\]:UserWarning",
+    r"ignore:Unexpected keyword arguments \['fan_in_fan_out', 'graft'\]:UserWarning",  # its LOHA, LOKR, DELORA and C3A know no Conv1D
     "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
@@ -511,6 +512,12 @@ PEFT_PLACES = {
 }
 # What PEFT itself has: ADALORA, SHIRA and RANDLORA layers exist for nn.Linear and (not all) Conv1D only.
 PEFT_KINDS = {"LORA": ("linear", "conv1d", "embedding", "conv2d"), "ADALORA": ("linear", "conv1d"), "SHIRA": ("linear",), "RANDLORA": ("linear",)}
+PEFT_KINDS |= {
+    "HIRA": ("linear", "conv1d", "embedding", "conv2d"),
+    "LOHA": ("linear", "conv2d"),
+    "LOKR": ("linear", "conv2d"),
+    "GRALORA": ("linear", "conv1d"),
+}
 
 
 @quiet_peft
@@ -555,6 +562,19 @@ def peft_configs() -> list[Any]:
         ),
         pytest.param("vera", peft.VeraConfig(**common, r=7, d_initial=0.3, projection_prng_key=3), id="vera"),
         pytest.param("fourierft", peft.FourierFTConfig(**common, n_frequency=30, scaling=20.0, n_frequency_pattern={"v_proj": 50}), id="fourierft"),
+        pytest.param("hira", peft.HiraConfig(**common, r=3, rank_pattern={"down_proj": 5}), id="hira"),
+        pytest.param("hira", peft.HiraConfig(**{**common, "target_modules": ["embed_tokens", "q_proj"]}, r=3), id="hira-embedding"),
+        pytest.param("loha", peft.LoHaConfig(**common, r=3, alpha=5, init_weights=False), id="loha"),
+        pytest.param("loha", peft.LoHaConfig(**common, r=3, alpha=5, init_weights=False, **varied), id="loha-patterns"),
+        pytest.param("lokr", peft.LoKrConfig(**common, r=3, alpha=5, init_weights=False, **varied), id="lokr-patterns"),
+        pytest.param("lokr", peft.LoKrConfig(**common, r=2, init_weights=False, decompose_both=True, decompose_factor=5), id="lokr-both"),
+        pytest.param("lokr", peft.LoKrConfig(**common, r=99, alpha=99, init_weights=False), id="lokr-whole"),
+        pytest.param(
+            "delora", peft.DeloraConfig(**common, r=3, init_weights=False, rank_pattern={"down_proj": 5}, lambda_pattern={"v_proj": 4}), id="delora"
+        ),
+        pytest.param("c3a", peft.C3AConfig(**common, block_size=4, block_size_pattern={"q_proj": 2}), id="c3a"),
+        pytest.param("gralora", peft.GraloraConfig(**common, r=6, alpha=9, init_weights=False), id="gralora"),
+        pytest.param("gralora", peft.GraloraConfig(**common, r=8, gralora_k=4, hybrid_r=3, init_weights=False), id="gralora-hybrid"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
@@ -790,7 +810,7 @@ def test_unknown_options_and_wrong_types_are_refused(row: Method) -> None:
     assert [name for name, _ in model.named_modules()] == modules
 
 
-ANY_RANK = {"vera"}  # vectors on random bases, which may be wider than the matrix
+ANY_RANK = {"vera", "lokr"}  # vectors on random bases, which may be wider than the matrix; factors that a larger rank leaves whole
 RANKED = [
     row
     for row in ROWS

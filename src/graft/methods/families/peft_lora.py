@@ -46,12 +46,12 @@ def read(config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[i
     layouts = {}
     for name, tensors in shapes.items():
         rank = next(shape for key, shape in tensors.items() if key.startswith(("lora_A", "lora_embedding_A")))[0]
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+        alpha = by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
         layouts[name] = {"rank": rank, "scale": alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), "frozen": 0, "inactive": []}
     options = {"rank": config.get("r", 8), "alpha": config.get("lora_alpha", 8), "dropout": config.get("lora_dropout", 0.0)}
     return {**options, "rslora": bool(config.get("use_rslora"))}, layouts
 
 
-def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regular expression, is the name or its end after a dot."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,93 @@
+"""C3A: every block of the update is a circulant matrix, given by one vector.
+
+    dW = C / in,  block (i, j) of C [b, b] with entries w_ij[(q - p) mod b] in row p, column q        w [out / b, in / b, b] trained from 0
+
+Chen et al., arXiv 2407.19342: the update of a block is a circular convolution, done by FFT; w is a block's first row. The paper and PEFT start
+w at random (Xavier), which changes the function a little; w = 0 trains as well, since dW is linear in w. The factor 1 / in is PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.storage import patterns
+from graft.core.target import Target
+from graft.methods.families.additive import Additive
+from graft.methods.families.factored import PLAIN
+from graft.numerics.circulant import circulant, circulant_linear
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class C3ADelta(Additive):
+    """``w`` [out / b, in / b, b]."""
+
+    def __init__(self, target: Target, block: int):
+        super().__init__(target)
+        out_features, in_features = target.shape
+        self.w = nn.Parameter(torch.zeros(out_features // block, in_features // block, block, dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"block": self.w.shape[2]}
+
+    def kernels(self) -> Tensor:
+        """The first columns of the blocks: w backwards, its first entry in place."""
+        return self.w.flip(-1).roll(1, -1) / self.target.shape[1]
+
+    def update(self) -> Tensor:
+        return circulant(self.kernels())
+
+    def forward(self, x: Tensor) -> Tensor:
+        target = self.target
+        # Transforms of small blocks, or of many inputs, take longer than the matrix itself.
+        if target.kind not in PLAIN or self.w.shape[2] < 16 or 2 * x.numel() > math.prod(target.shape):
+            return super().forward(x)
+        return target.apply(x, target.weight(), target.bias) + circulant_linear(x.to(self.w.dtype), self.kernels()).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3A(DeltaConfig):
+    """Hyper-parameters of C3A."""
+
+    block: int = option(256, "size b of a block; where it does not divide out and in, the largest divisor of both below it", paper="128..768", low=1)
+
+    kinds: ClassVar[tuple[str, ...]] = PLAIN
+    peft: ClassVar[PeftFormat | None] = PeftFormat("C3A", {"w": "c3a_kernel"}, ("block_size", "block_size_pattern"))
+
+    def fitting(self, out_features: int, in_features: int) -> int:
+        """The size of a block at a target of this shape."""
+        both = math.gcd(out_features, in_features)
+        return max(size for size in range(1, min(self.block, both) + 1) if both % size == 0)
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {target.name: {"block": self.fitting(*target.shape)} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> C3ADelta:
+        return C3ADelta(target, layout["block"])
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return out_features * in_features // self.fitting(out_features, in_features)
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        block, pattern = patterns({name: delta.layout["block"] for name, delta in adapter.deltas.items() if isinstance(delta, C3ADelta)})
+        return {"block_size": block, "block_size_pattern": pattern}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+        return cls(block=config["block_size"]), {name: {"block": tensors["c3a_kernel"][2]} for name, tensors in shapes.items()}
+
+
+catalogue.register(
+    Method("c3a", "C3A: Parameter-Efficient Fine-Tuning via Circular Convolution", "arXiv 2407.19342", "delta", "circulant blocks", C3A, random=False)
+)

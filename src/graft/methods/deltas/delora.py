@@ -1,0 +1,92 @@
+"""DeLoRA: a low-rank update whose directions and strength are learned apart.
+
+    dW = sum_i (lambda / r) b_i a_i^T diag(w) / (|b_i| |a_i|)        A [r, in] (rows a_i), B [out, r] (columns b_i), lambda [1] trained
+    w [in]: the norms of W's columns, frozen;  norms below 1e-4 count as 1e-4
+    A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, lambda as given;  every term has norm at most lambda / r max(w), dW at most lambda max(w)
+
+Bini et al., arXiv 2503.18225. The paper scales by the one norm |W|, PEFT (integrated by the authors) by the norm of each column: PEFT is
+followed, in the start, too: B = 0 gives dW = 0 thanks to the least norm. The first update already has about full strength, whatever the
+learning rate. w is in the file: it is what the adapter was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.storage import patterns
+from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.factored import Factored, check_rank, uniform
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+LEAST = 1e-4  # a norm that is divided by is at least this
+
+
+class DeLoRADelta(Factored):
+    """A [r, in], B [out, r] and the strength [1]; ``norms`` [in] of W's columns."""
+
+    norms: Tensor
+
+    def __init__(self, target: Target, rank: int, strength: float, generator: torch.Generator):
+        super().__init__(target)
+        check_rank(rank, target)
+        out_features, in_features = target.shape
+        self.A = nn.Parameter(uniform(rank, in_features, generator, target.dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=target.dtype))
+        self.strength = nn.Parameter(torch.full((1,), strength, dtype=target.dtype))
+        self.register_buffer("norms", torch.linalg.vector_norm(target.weight(), dim=0, dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": len(self.A)}
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        lengths = self.A.norm(dim=1).clamp(min=LEAST) * self.B.norm(dim=0).clamp(min=LEAST)
+        return self.B * (self.strength / len(self.A) / lengths), self.A * self.norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeLoRA(DeltaConfig):
+    """Hyper-parameters of DeLoRA."""
+
+    rank: int = option(8, "rank r of the update", paper="4..32", low=1)
+    strength: float = option(15.0, "what lambda, the bound of the update relative to W's columns, begins at", paper="15 (peft)", low=1e-9)
+
+    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "DELORA", {"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "norms": "delora_w_norm"},
+        ("r", "delora_lambda", "module_dropout", "rank_pattern", "lambda_pattern"),
+    )  # fmt: skip
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {target.name: {"rank": self.rank} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> DeLoRADelta:
+        return DeLoRADelta(target, layout["rank"], self.strength, generator)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return self.rank * (out_features + in_features) + 1
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        rank, rank_pattern = patterns({name: delta.layout["rank"] for name, delta in adapter.deltas.items() if isinstance(delta, DeLoRADelta)})
+        return {"r": rank, "rank_pattern": rank_pattern, "delora_lambda": self.strength, "lambda_pattern": {}, "module_dropout": 0.0}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+        layouts = {name: {"rank": tensors["delora_A"][0]} for name, tensors in shapes.items()}
+        return cls(rank=config["r"], strength=config["delora_lambda"]), layouts  # lambda itself is in the file
+
+
+catalogue.register(
+    Method("delora", "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation", "arXiv 2503.18225", "delta",
+           "normalised B A with a trained strength", DeLoRA)
+)  # fmt: skip

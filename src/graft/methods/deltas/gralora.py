@@ -1,0 +1,111 @@
+"""GraLoRA: W in k x k blocks, each with a low-rank pair of its own.
+
+    dW[j, i] = s sum_t B[j][i r/k + t]^T A[i][:, j r/k + t]^T        block (j, i) [out / k, in / k], t < r / k
+    A [k, in / k, r], B [k, r, out / k] trained,  s = alpha / (r + h);  hybrid: + s B_h A_h of rank h over the whole matrix
+    A ~ U(-1/sqrt(in / k), 1/sqrt(in / k)), A_h ~ U(-1/sqrt(in), 1/sqrt(in)), B = B_h = 0
+
+Jung et al., arXiv 2505.20355. As many parameters as LoRA of rank r + h, an update of rank up to k r + h. It runs as the LoRA of that rank whose
+factors are zero outside of the blocks: ``A`` block-diagonal, ``B`` as the blocks' inputs are exchanged. PEFT wants k to divide every target's
+sides; a file with a target where k had to be smaller is refused by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.storage import patterns
+from graft.core.target import Target
+from graft.methods.families.factored import PLAIN, Factored, check_rank, uniform
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class GraLoRADelta(Factored):
+    """A [k, in / k, r] and B [k, r, out / k]; with a hybrid rank h also A_h [h, in] and B_h [out, h]."""
+
+    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
+        super().__init__(target)
+        self._layout, k, rank, hybrid = layout, layout["blocks"], layout["rank"], layout["hybrid_rank"]
+        out_features, in_features = target.shape
+        check_rank(rank, target)
+        start = [uniform(rank, in_features // k, generator, target.dtype).T for _ in range(k)]
+        self.A, self.B = nn.Parameter(torch.stack(start)), nn.Parameter(torch.zeros(k, rank, out_features // k, dtype=target.dtype))
+        if hybrid:
+            check_rank(hybrid, target, "hybrid_rank")
+            self.A_h = nn.Parameter(uniform(hybrid, in_features, generator, target.dtype))
+            self.B_h = nn.Parameter(torch.zeros(out_features, hybrid, dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return dict(self._layout)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        k, rank, width = self.B.shape
+        A = torch.block_diag(*self.A.mT)  # type: ignore[no-untyped-call]  # row (i, j, t)
+        ranks = self.B.reshape(k, k, rank // k, width) * self._layout["scale"]
+        B = torch.einsum("jito,jl->joilt", ranks, torch.eye(k).to(ranks)).reshape(k * width, k * rank)  # column (i, l, t), zero but for l = j
+        if not self._layout["hybrid_rank"]:
+            return B, A
+        return torch.cat([B, self.B_h * self._layout["scale"]], 1), torch.cat([A, self.A_h])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraLoRA(DeltaConfig):
+    """Hyper-parameters of GraLoRA."""
+
+    rank: int = option(32, "rank r of the blocks of one row together", paper="16..128", low=1)
+    blocks: int = option(
+        2, "blocks k along each side; the largest k up to this that divides out, in and rank", paper="2 (r <= 32), 4 (r >= 64)", low=1
+    )
+    hybrid_rank: int = option(0, "rank h of a LoRA over the whole matrix beside the blocks", low=0)
+    alpha: float | None = option(None, "numerator of the scale alpha / (r + h); none: twice r + h", paper="2 r", low=1e-6)
+
+    kinds: ClassVar[tuple[str, ...]] = PLAIN
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "GRALORA", {"A": "gralora_A", "B": "gralora_B", "A_h": "gralora_A_general.weight", "B_h": "gralora_B_general.weight"},
+        ("r", "alpha", "hybrid_r", "gralora_k", "gralora_dropout"),
+    )  # fmt: skip
+
+    def fitting(self, out_features: int, in_features: int) -> int:
+        """The number of blocks along each side of this shape."""
+        common = math.gcd(out_features, in_features, self.rank)
+        return max(k for k in range(1, min(self.blocks, common) + 1) if common % k == 0)
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        scale = 2.0 if self.alpha is None else self.alpha / (self.rank + self.hybrid_rank)
+        own = {"rank": self.rank, "hybrid_rank": self.hybrid_rank, "scale": scale}
+        return {target.name: {**own, "blocks": self.fitting(*target.shape)} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> GraLoRADelta:
+        return GraLoRADelta(target, layout, generator)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return (self.rank + self.hybrid_rank) * (out_features + in_features)
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, GraLoRADelta)}
+        k, _ = patterns({name: layout["blocks"] for name, layout in layouts.items()})
+        scale, _ = patterns({name: layout["scale"] for name, layout in layouts.items()})
+        return {"r": self.rank, "hybrid_r": self.hybrid_rank, "alpha": scale * (self.rank + self.hybrid_rank), "gralora_k": k, "gralora_dropout": 0.0}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+        own = cls(rank=config["r"], blocks=config["gralora_k"], hybrid_rank=config["hybrid_r"], alpha=config["alpha"])
+        layout = {"rank": own.rank, "hybrid_rank": own.hybrid_rank, "scale": config["alpha"] / (own.rank + own.hybrid_rank)}
+        return own, {name: {**layout, "blocks": tensors["gralora_A"][0]} for name, tensors in shapes.items()}
+
+
+catalogue.register(
+    Method("gralora", "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning", "arXiv 2505.20355", "delta",
+           "a low-rank pair for every block of W", GraLoRA)
+)  # fmt: skip

@@ -1,0 +1,113 @@
+"""LoHa: the entry-by-entry product of two low-rank matrices, of rank up to r^2.
+
+    dW = s (B1 A1) o (B2 A2)        B1, B2 [out, r] and A1, A2 [r, in] trained,  s = alpha / r
+    B1 ~ U(-1/sqrt(r), 1/sqrt(r)),  A1, and B2 likewise by their own widths,  A2 = 0
+
+Hyeon-Woo et al., FedPara, arXiv 2108.06098; as an adapter: Yeh et al., LyCORIS, arXiv 2309.14859. LyCORIS starts with normal numbers, PEFT
+with FedPara's uniform ones, which are followed. dW = B A with B[:, ij] = s B1[:, i] B2[:, j] and A[ij] = A1[i] A2[j]: an exact LoRA of rank
+r^2. A convolution has its matrix [out, in kh kw]; FedPara's form with a core for the kernel (``use_effective_conv2d``) is not offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.errors import GraftError
+from graft.core.storage import patterns
+from graft.core.target import LINEAR_KINDS, Target
+from graft.kernels.lora import lora_linear
+from graft.methods.families.additive import Additive
+from graft.methods.families.factored import PLAIN, check_rank, uniform
+from graft.methods.families.peft_lora import by_pattern
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class LoHaDelta(Additive):
+    """B1 [out, r], A1 [r, in], B2 [out, r], A2 [r, in]."""
+
+    B1: nn.Parameter
+    A1: nn.Parameter
+    B2: nn.Parameter
+
+    def __init__(self, target: Target, rank: int, scale: float, generator: torch.Generator):
+        super().__init__(target)
+        check_rank(rank, target)
+        self.scale, (out_features, in_features) = scale, target.shape
+        for name, rows, columns in (("B1", out_features, rank), ("A1", rank, in_features), ("B2", out_features, rank)):
+            setattr(self, name, nn.Parameter(uniform(rows, columns, generator, target.dtype)))
+        self.A2 = nn.Parameter(torch.zeros(rank, in_features, dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": len(self.A2), "scale": self.scale}
+
+    def update(self) -> Tensor:
+        return (self.B1 @ self.A1) * (self.B2 @ self.A2) * self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B = (self.B1[:, :, None] * self.B2[:, None] * self.scale).flatten(1)
+        return B, (self.A1[:, None] * self.A2).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        target, (out_features, in_features) = self.target, self.target.shape
+        # A dense dW needs a dense gradient; two thin factors do not, while r^2 is small enough for them.
+        if target.kind not in PLAIN or 4 * len(self.A2) ** 2 * (out_features + in_features) > out_features * in_features:
+            return super().forward(x)
+        B, A = self.factors()
+        return lora_linear(x, target.weight(), target.bias, A, B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(DeltaConfig):
+    """Hyper-parameters of LoHa."""
+
+    rank: int = option(8, "rank r of either factor; the update has rank up to r^2", paper="4..32", low=1)
+    alpha: float | None = option(None, "numerator of the scale alpha / r; none: the rank", low=1e-6)
+
+    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "LOHA", {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+        ("r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "rank_pattern", "alpha_pattern"),
+    )  # fmt: skip
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return {target.name: {"rank": self.rank, "scale": scale} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoHaDelta:
+        return LoHaDelta(target, layout["rank"], float(layout["scale"]), generator)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return 2 * self.rank * (out_features + in_features)
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, LoHaDelta)}
+        rank, rank_pattern = patterns({name: layout["rank"] for name, layout in layouts.items()})
+        alpha, alpha_pattern = patterns({name: layout["scale"] * layout["rank"] for name, layout in layouts.items()})
+        return {"r": rank, "rank_pattern": rank_pattern, "alpha": alpha, "alpha_pattern": alpha_pattern, "rank_dropout": 0.0, "module_dropout": 0.0,
+                "use_effective_conv2d": False}  # fmt: skip
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+        if config.get("use_effective_conv2d"):
+            raise GraftError("the PEFT adapter uses use_effective_conv2d=True, which Graft does not have; train it in PEFT without.")
+        layouts = {}
+        for name, tensors in shapes.items():
+            rank = tensors["hada_w1_b"][0]
+            layouts[name] = {"rank": rank, "scale": by_pattern(config.get("alpha_pattern") or {}, name, config["alpha"]) / rank}
+        return cls(rank=config["r"], alpha=config["alpha"]), layouts
+
+
+catalogue.register(
+    Method("loha", "LoHa: Low-Rank Hadamard Product (FedPara, LyCORIS)", "arXiv 2108.06098", "delta", "product of two B A, entry by entry", LoHa)
+)
