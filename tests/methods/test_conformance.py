@@ -34,10 +34,10 @@ mergeable = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for r
 identical = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.starts_as_identity])
 in_peft = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.delta.peft])
 # What PEFT 0.21.2 warns of whatever is right or wrong with the file: an attribute that transformers 5 renamed, our key 'graft' beside its
-# own, that it saves embeddings along, and torch's note on the sparse tensors of its SHiRA.
+# own (and fan_in_fan_out where it knows linear maps only), that it saves embeddings along, and torch's note on the sparse tensors of its SHiRA.
 quiet_peft = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
-    r"ignore:Unexpected keyword arguments \['graft'\]:UserWarning",
+    r"ignore:Unexpected keyword arguments \[('fan_in_fan_out', )?'graft'\]:UserWarning",
     "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
@@ -510,7 +510,13 @@ PEFT_PLACES = {
     "conv": PLACES["plain conv2d"],
 }
 # What PEFT itself has: ADALORA, SHIRA and RANDLORA layers exist for nn.Linear and (not all) Conv1D only.
-PEFT_KINDS = {"LORA": ("linear", "conv1d", "embedding", "conv2d"), "ADALORA": ("linear", "conv1d"), "SHIRA": ("linear",), "RANDLORA": ("linear",)}
+PEFT_KINDS = {
+    "LORA": ("linear", "conv1d", "embedding", "conv2d"),
+    "ADALORA": ("linear", "conv1d"),
+    "SHIRA": ("linear",),
+    "RANDLORA": ("linear",),
+    "IA3": ("linear", "conv1d", "conv2d"),
+}
 
 
 @quiet_peft
@@ -555,6 +561,11 @@ def peft_configs() -> list[Any]:
         ),
         pytest.param("vera", peft.VeraConfig(**common, r=7, d_initial=0.3, projection_prng_key=3), id="vera"),
         pytest.param("fourierft", peft.FourierFTConfig(**common, n_frequency=30, scaling=20.0, n_frequency_pattern={"v_proj": 50}), id="fourierft"),
+        pytest.param("ia3", peft.IA3Config(**common, feedforward_modules=["down_proj"], init_ia3_weights=False), id="ia3"),
+        pytest.param("ia3", peft.IA3Config(**common, feedforward_modules=r".*\.0\..*\.[qv]_proj"), id="ia3-pattern"),
+        pytest.param("miss", peft.MissConfig(**common, r=5), id="miss"),
+        pytest.param("miss", peft.MissConfig(**common, r=5, init_weights="mini", mini_r=4), id="miss-mini"),
+        pytest.param("bone", peft.MissConfig(**common, r=4, init_weights="bat"), id="bone"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
