@@ -42,6 +42,7 @@ quiet_peft = pytest.mark.filterwarnings(
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
     "ignore:Found missing adapter keys.*randlora_[AB].default:UserWarning",
+    "ignore:Invalid .oft_block_size. .*Adjusted:UserWarning",
     "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
 )
 
@@ -516,6 +517,7 @@ PEFT_KINDS = {
     "SHIRA": ("linear",),
     "RANDLORA": ("linear",),
     "IA3": ("linear", "conv1d", "conv2d"),
+    "HRA": ("linear", "conv2d"),
 }
 
 
@@ -566,6 +568,15 @@ def peft_configs() -> list[Any]:
         pytest.param("miss", peft.MissConfig(**common, r=5), id="miss"),
         pytest.param("miss", peft.MissConfig(**common, r=5, init_weights="mini", mini_r=4), id="miss-mini"),
         pytest.param("bone", peft.MissConfig(**common, r=4, init_weights="bat"), id="bone"),
+        pytest.param("oft", peft.OFTConfig(**common, oft_block_size=5, use_cayley_neumann=False), id="oft"),
+        pytest.param("oft", peft.OFTConfig(**common, oft_block_size=4, block_share=True), id="oft-series-shared"),
+        pytest.param(
+            "oft",
+            peft.OFTConfig(**{**common, "target_modules": ["q_proj", "k_proj"]}, oft_block_size=0, r=9, num_cayley_neumann_terms=7),
+            id="oft-count",
+        ),
+        pytest.param("hra", peft.HRAConfig(**common, r=4), id="hra"),
+        pytest.param("hra", peft.HRAConfig(**common, r=3, init_weights=False), id="hra-odd"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 

@@ -17,7 +17,17 @@ def skew(vectors: Tensor, size: int) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """``(I - Q)^-1 (I + Q)``, orthogonal for skew-symmetric Q ``[..., n, n]``, the identity for Q = 0."""
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return torch.linalg.solve(identity - Q, identity + Q)
+    R: Tensor = torch.linalg.solve(identity - Q, identity + Q)
+    return R
+
+
+def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
+    """:func:`cayley` without an inverse, ``I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)``: orthogonal up to powers of Q from ``terms`` on."""
+    R, power = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q, Q
+    for exponent in range(2, terms):
+        power = power @ Q
+        R = R + (1 if exponent == terms - 1 else 2) * power
+    return R
 
 
 def householder(vectors: Tensor) -> Tensor:
