@@ -100,6 +100,7 @@ def classifier_batches(count: int = 3, seed: int = 0, labels: int = 3) -> list[d
 
 SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 3, "initial_rank": 5},
+    "boft": {"block": 4, "factors": 3},
     "bone": {"block": 4},
     "eva": {"rank": 3},
     "fourierft": {"count": 40},

@@ -42,6 +42,8 @@ quiet_peft = pytest.mark.filterwarnings(
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
     "ignore:Found missing adapter keys.*randlora_[AB].default:UserWarning",
+    "ignore:Failed to load the CUDA extension:UserWarning",
+    "ignore:Setting boft_n_butterfly_factor to 1:UserWarning",
     "ignore:Invalid .oft_block_size. .*Adjusted:UserWarning",
     "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
 )
@@ -518,6 +520,7 @@ PEFT_KINDS = {
     "RANDLORA": ("linear",),
     "IA3": ("linear", "conv1d", "conv2d"),
     "HRA": ("linear", "conv2d"),
+    "BOFT": (),  # more than one factor needs its CUDA kernel; test_boft goes without
 }
 
 
@@ -574,6 +577,10 @@ def peft_configs() -> list[Any]:
             "oft",
             peft.OFTConfig(**{**common, "target_modules": ["q_proj", "k_proj"]}, oft_block_size=0, r=9, num_cayley_neumann_terms=7),
             id="oft-count",
+        ),
+        pytest.param("boft", peft.BOFTConfig(**common, boft_block_size=4), id="boft"),
+        pytest.param(
+            "boft", peft.BOFTConfig(**{**common, "target_modules": ["q_proj", "k_proj"]}, boft_block_size=0, boft_block_num=6), id="boft-count"
         ),
         pytest.param("hra", peft.HRAConfig(**common, r=4), id="hra"),
         pytest.param("hra", peft.HRAConfig(**common, r=3, init_weights=False), id="hra-odd"),

@@ -43,3 +43,9 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     """The matrix ``[k n, k n]`` with ``blocks [k, n, n]`` on its diagonal."""
     matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return matrix
+
+
+def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """``rows [..., k n] @ block_diagonal(blocks)`` for ``blocks [k, n, n]``, or one of them in every place ``[1, n, n]``."""
+    parts = rows.reshape(*rows.shape[:-1], -1, blocks.shape[-1])
+    return torch.einsum("...kb,kbc->...kc", parts, blocks.expand(parts.shape[-2], -1, -1)).flatten(-2)

@@ -27,7 +27,7 @@ from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import nearest_divisor
 from graft.methods.families.multiplicative import InputMap
 from graft.methods.families.peft_options import refuse_others
-from graft.numerics.orthogonal import cayley, cayley_neumann, skew
+from graft.numerics.orthogonal import cayley, cayley_neumann, skew, times_blocks
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -48,8 +48,7 @@ class OFTDelta(InputMap):
     def times(self, rows: Tensor, transposed: bool = False) -> Tensor:
         Q = skew(self.q, self.block)
         R = cayley(Q) if self.terms is None else cayley_neumann(-Q, self.terms)
-        parts = rows.to(R.dtype).reshape(*rows.shape[:-1], -1, self.block)
-        return torch.einsum("...kb,kbc->...kc", parts, (R.mT if transposed else R).expand(parts.shape[-2], -1, -1)).flatten(-2)
+        return times_blocks(rows.to(R.dtype), R.mT if transposed else R)
 
 
 def block_size(target: Target, wanted: int) -> int:
