@@ -34,15 +34,17 @@ mergeable = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for r
 identical = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.starts_as_identity])
 in_peft = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.delta.peft])
 # What PEFT 0.21.2 warns of whatever is right or wrong with the file: an attribute that transformers 5 renamed, our key 'graft' beside its
-# own, that it saves embeddings along, and torch's note on the sparse tensors of its SHiRA.
+# own (and fan_in_fan_out where it knows linear maps only), that it saves embeddings along, and torch's note on the sparse tensors of its SHiRA.
 quiet_peft = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
-    r"ignore:Unexpected keyword arguments \['graft'\]:UserWarning",
-    r"ignore:Unexpected keyword arguments \['fan_in_fan_out', 'graft'\]:UserWarning",  # its LOHA, LOKR, DELORA and C3A know no Conv1D
+    r"ignore:Unexpected keyword arguments \[('fan_in_fan_out', )?'graft'\]:UserWarning",
     "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
     # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
     "ignore:Found missing adapter keys.*randlora_[AB].default:UserWarning",
+    "ignore:Failed to load the CUDA extension:UserWarning",
+    "ignore:Setting boft_n_butterfly_factor to 1:UserWarning",
+    "ignore:Invalid .oft_block_size. .*Adjusted:UserWarning",
     "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
 )
 
@@ -511,8 +513,14 @@ PEFT_PLACES = {
     "conv": PLACES["plain conv2d"],
 }
 # What PEFT itself has: ADALORA, SHIRA and RANDLORA layers exist for nn.Linear and (not all) Conv1D only.
-PEFT_KINDS = {"LORA": ("linear", "conv1d", "embedding", "conv2d"), "ADALORA": ("linear", "conv1d"), "SHIRA": ("linear",), "RANDLORA": ("linear",)}
-PEFT_KINDS |= {
+PEFT_KINDS = {
+    "LORA": ("linear", "conv1d", "embedding", "conv2d"),
+    "ADALORA": ("linear", "conv1d"),
+    "SHIRA": ("linear",),
+    "RANDLORA": ("linear",),
+    "IA3": ("linear", "conv1d", "conv2d"),
+    "HRA": ("linear", "conv2d"),
+    "BOFT": (),  # more than one factor needs its CUDA kernel; test_boft goes without
     "HIRA": ("linear", "conv1d", "embedding", "conv2d"),
     "LOHA": ("linear", "conv2d"),
     "LOKR": ("linear", "conv2d"),
@@ -575,6 +583,24 @@ def peft_configs() -> list[Any]:
         pytest.param("c3a", peft.C3AConfig(**common, block_size=4, block_size_pattern={"q_proj": 2}), id="c3a"),
         pytest.param("gralora", peft.GraloraConfig(**common, r=6, alpha=9, init_weights=False), id="gralora"),
         pytest.param("gralora", peft.GraloraConfig(**common, r=8, gralora_k=4, hybrid_r=3, init_weights=False), id="gralora-hybrid"),
+        pytest.param("ia3", peft.IA3Config(**common, feedforward_modules=["down_proj"], init_ia3_weights=False), id="ia3"),
+        pytest.param("ia3", peft.IA3Config(**common, feedforward_modules=r".*\.0\..*\.[qv]_proj"), id="ia3-pattern"),
+        pytest.param("miss", peft.MissConfig(**common, r=5), id="miss"),
+        pytest.param("miss", peft.MissConfig(**common, r=5, init_weights="mini", mini_r=4), id="miss-mini"),
+        pytest.param("bone", peft.MissConfig(**common, r=4, init_weights="bat"), id="bone"),
+        pytest.param("oft", peft.OFTConfig(**common, oft_block_size=5, use_cayley_neumann=False), id="oft"),
+        pytest.param("oft", peft.OFTConfig(**common, oft_block_size=4, block_share=True), id="oft-series-shared"),
+        pytest.param(
+            "oft",
+            peft.OFTConfig(**{**common, "target_modules": ["q_proj", "k_proj"]}, oft_block_size=0, r=9, num_cayley_neumann_terms=7),
+            id="oft-count",
+        ),
+        pytest.param("boft", peft.BOFTConfig(**common, boft_block_size=4), id="boft"),
+        pytest.param(
+            "boft", peft.BOFTConfig(**{**common, "target_modules": ["q_proj", "k_proj"]}, boft_block_size=0, boft_block_num=6), id="boft-count"
+        ),
+        pytest.param("hra", peft.HRAConfig(**common, r=4), id="hra"),
+        pytest.param("hra", peft.HRAConfig(**common, r=3, init_weights=False), id="hra-odd"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 

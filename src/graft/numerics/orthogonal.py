@@ -17,8 +17,17 @@ def skew(vectors: Tensor, size: int) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """``(I - Q)^-1 (I + Q)``, orthogonal for skew-symmetric Q ``[..., n, n]``, the identity for Q = 0."""
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    rotation: Tensor = torch.linalg.solve(identity - Q, identity + Q)
-    return rotation
+    R: Tensor = torch.linalg.solve(identity - Q, identity + Q)
+    return R
+
+
+def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
+    """:func:`cayley` without an inverse, ``I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)``: orthogonal up to powers of Q from ``terms`` on."""
+    R, power = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q, Q
+    for exponent in range(2, terms):
+        power = power @ Q
+        R = R + (1 if exponent == terms - 1 else 2) * power
+    return R
 
 
 def householder(vectors: Tensor) -> Tensor:
@@ -34,3 +43,9 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     """The matrix ``[k n, k n]`` with ``blocks [k, n, n]`` on its diagonal."""
     matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return matrix
+
+
+def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """``rows [..., k n] @ block_diagonal(blocks)`` for ``blocks [k, n, n]``, or one of them in every place ``[1, n, n]``."""
+    parts = rows.reshape(*rows.shape[:-1], -1, blocks.shape[-1])
+    return torch.einsum("...kb,kbc->...kc", parts, blocks.expand(parts.shape[-2], -1, -1)).flatten(-2)

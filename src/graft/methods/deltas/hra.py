@@ -1,0 +1,112 @@
+"""HRA: reflects the inputs of a map at r trained hyperplanes, one after the other.
+
+    W' = W H_1 H_2 ... H_r,    H_i = I - 2 u_i u_i^T / |u_i|^2,    u [in, r] trained; the reflections of a pair begin equal and cancel
+    H_1 ... H_r = I - U T U^T, U the unit vectors, T^-1 = I / 2 + the strict upper triangle of U^T U: an update of rank r
+    penalty  lambda * sum over targets of |I - U^T U|_F^2        u_1, u_3, ... ~ U(-1/sqrt(r/2), 1/sqrt(r/2))
+
+Yuan et al., arXiv 2405.17484. Its limit of strictly orthogonal vectors (lambda = infinity; PEFT's ``apply_GS``) is left out: vectors that
+begin equal have no such form. PEFT also makes adapters of odd r, which start elsewhere; they are read, and not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.callback import Callback
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.errors import GraftError
+from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.factored import uniform
+from graft.methods.families.multiplicative import InputMap
+from graft.methods.families.peft_options import refuse_others
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class HRADelta(InputMap):
+    """``u`` [in, r]."""
+
+    def __init__(self, target: Target, rank: int, generator: torch.Generator):
+        super().__init__(target)
+        halves = uniform(target.shape[1], (rank + 1) // 2, generator, target.dtype)
+        self.u = nn.Parameter(halves.repeat_interleave(2, 1)[:, :rank].contiguous())
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": self.u.shape[1]}
+
+    def unit(self) -> Tensor:
+        """U [in, r]."""
+        return torch.nn.functional.normalize(self.u, dim=0)
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        """U [in, r] and T U^T [r, in]."""
+        U = self.unit()
+        inverse = torch.triu(U.T @ U, 1) + 0.5 * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        return U, torch.linalg.solve_triangular(inverse, U.T, upper=True)
+
+    def times(self, rows: Tensor, transposed: bool = False) -> Tensor:
+        U, V = self.update()
+        left, right = (V.T, U.T) if transposed else (U, V)
+        return rows - rows.to(U.dtype) @ left @ right
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        U, V = self.update()
+        return -self.target.weight().to(U.dtype) @ U, V
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(DeltaConfig):
+    """Hyper-parameters of HRA."""
+
+    rank: int = option(8, "reflections r, an even number", paper="8..32", low=2)
+    orthogonality: float = option(0.0, "weight lambda of the penalty", paper="0..1e-3", low=0)
+
+    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat("HRA", {"u": "hra_u"}, ("apply_GS",))
+
+    def callbacks(self) -> list[Callback]:
+        return [Orthogonality(self.orthogonality)] if self.orthogonality else []
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        for target in targets:
+            if self.rank % 2 or self.rank > target.shape[1]:
+                raise GraftError(f"HRA.rank is {self.rank}, but at {target} it must be even and at most {target.shape[1]}, the inputs.")
+        return {target.name: {"rank": self.rank} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HRADelta:
+        return HRADelta(target, layout["rank"], generator)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return self.rank * in_features
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        return {"r": self.rank, "apply_GS": False, "init_weights": self.rank % 2 == 0, "bias": "none"}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+        refuse_others(config, bias="none", apply_GS=False)
+        return cls(rank=config["r"]), {name: {"rank": config["r"]} for name in shapes}
+
+
+class Orthogonality(Callback):
+    """Draws the reflections of a target towards orthogonal ones."""
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def penalty(self) -> Tensor:
+        units = [delta.unit() for delta in self.adapter.deltas.values() if isinstance(delta, HRADelta)]
+        residuals = [torch.eye(U.shape[1], dtype=U.dtype, device=U.device) - U.T @ U for U in units]
+        return self.strength * torch.stack([residual.square().sum() for residual in residuals]).sum()
+
+
+catalogue.register(Method("hra", "Householder Reflection Adaptation", "arXiv 2405.17484", "delta", "a product of reflections of the inputs", HRA))

@@ -1,0 +1,89 @@
+"""MiSS: sums the input over contiguous shards and multiplies the sum by one trained matrix.
+
+    y = W x + b + (sum_g x_g) D,  x padded to shards x_g [r]        dW[o, j] = D[j mod r, o]
+    D [r, out] = 0 at the start, or (``mini``) D [r, m] repeated along out
+
+Kang et al., arXiv 2409.15371, as the paper and PEFT have it since its second version (the first is :mod:`bone`). It is LoRA with the
+frozen A = [I I ... I] [r, in], B = D^T and scale 1, and runs as that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.catalogue import Method, catalogue
+from graft.core.config import option
+from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.errors import GraftError
+from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.factored import Factored
+from graft.methods.families.peft_options import refuse_others
+
+if TYPE_CHECKING:
+    from graft.core.adapter import Adapter
+
+
+class MiSSDelta(Factored):
+    """``D`` [r, m], m dividing out."""
+
+    def __init__(self, target: Target, layout: Layout, dropout: float):
+        super().__init__(target)
+        (out_features, in_features), rank, width = target.shape, layout["rank"], layout["width"]
+        if not 1 <= rank <= in_features:
+            raise GraftError(f"rank is {rank}, but {target} has {in_features} inputs: choose 1 to {in_features}, or other targets.")
+        if out_features % width:
+            raise GraftError(f"mini is {width}, but it must divide the outputs of {target}; choose another or none.")
+        self.dropout = dropout
+        self.D = nn.Parameter(torch.zeros(rank, width, dtype=target.dtype))
+
+    @property
+    def layout(self) -> Layout:
+        return {"rank": self.D.shape[0], "width": self.D.shape[1]}
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        (out_features, in_features), (rank, width) = self.target.shape, self.D.shape
+        shards = torch.eye(rank, dtype=self.D.dtype, device=self.D.device).repeat(1, -(-in_features // rank))
+        return self.D.T.repeat(out_features // width, 1), shards[:, :in_features]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiSS(DeltaConfig):
+    """Hyper-parameters of MiSS."""
+
+    rank: int = option(64, "width r of the shards", paper="16..128", low=1)
+    mini: int | None = option(None, "columns m of D, which must divide the outputs; none: as many as outputs", low=1)
+    dropout: float = option(0.0, "chance of dropping an input of the branch while training", low=0, high=0.99)
+
+    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat("MISS", {"D": "miss_block"}, ("mini_r", "miss_dropout"))
+
+    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+        return {target.name: {"rank": self.rank, "width": self.mini or target.shape[0]} for target in targets}
+
+    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> MiSSDelta:
+        return MiSSDelta(target, layout, self.dropout)
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        return self.rank * (self.mini or out_features)
+
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        start = "mini" if self.mini else True
+        return {"r": self.rank, "mini_r": self.mini or 1, "init_weights": start, "miss_dropout": self.dropout, "bias": "none"}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
+        refuse_others(config, bias="none")
+        if config["init_weights"] == "bat":
+            return None
+        own = cls(rank=config["r"], mini=config["mini_r"] if config["init_weights"] == "mini" else None, dropout=config["miss_dropout"])
+        return own, {name: dict(zip(("rank", "width"), tensors["miss_block"], strict=True)) for name, tensors in shapes.items()}
+
+
+catalogue.register(
+    Method("miss", "MiSS: Matrix Shard Sharing", "arXiv 2409.15371", "delta", "one matrix on summed shards of the input", MiSS, random=False)
+)
