@@ -157,8 +157,8 @@ class Target:
         return F.linear(h, weight)
 
     def scale(self, h: Tensor, gains: Tensor) -> Tensor:
-        """Each channel of an output of this map (or of :meth:`apply` with another matrix) times its gain ``[channels]``."""
-        return h * gains.to(h.dtype).view((-1, 1, 1) if self.kind == "conv2d" else (-1,))
+        """Each channel of an input or output of this map times its gain ``[channels]``; a gain near one is not rounded to h's dtype."""
+        return (h * (gains[:, None, None] if self.kind == "conv2d" else gains)).to(h.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
         """The inputs of the map as vectors ``[n, in]``, one for each position."""

@@ -23,6 +23,7 @@ from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import Factored, check_rank, uniform
 
 
@@ -65,7 +66,7 @@ class BlockLoRA(DeltaConfig):
         """``(rank, arms, copies)`` of a delta with so many inputs."""
         if self.along == "rank":
             return self.rank // self.blocks, self.blocks, 1
-        return self.rank, 1, next(n for n in range(self.blocks, 0, -1) if in_features % n == 0)
+        return self.rank, 1, largest_divisor(in_features, self.blocks)
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank

@@ -66,8 +66,8 @@ class BOFTDelta(InputMap):
         target = self.target
         if target.kind not in PLAIN:
             return Delta.forward(self, x)
-        y = target.apply(self.times(x, transposed=True).to(x.dtype), target.weight()) * self.gains
-        return (y if target.bias is None else y + target.bias).to(x.dtype)
+        y = target.scale(target.apply(self.times(x, transposed=True).to(x.dtype), target.weight()), self.gains)
+        return y if target.bias is None else y + target.bias.to(y.dtype)
 
     def exported(self) -> dict[str, Tensor]:
         gains = self.gains.detach()

@@ -22,6 +22,7 @@ from graft.core.delta import DeltaConfig, Layout, PeftFormat
 from graft.core.storage import patterns
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
+from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN
 from graft.numerics.circulant import circulant, circulant_linear
 
@@ -67,8 +68,7 @@ class C3A(DeltaConfig):
 
     def fitting(self, out_features: int, in_features: int) -> int:
         """The size of a block at a target of this shape."""
-        both = math.gcd(out_features, in_features)
-        return max(size for size in range(1, min(self.block, both) + 1) if both % size == 0)
+        return largest_divisor(math.gcd(out_features, in_features), self.block)
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
         return {target.name: {"block": self.fitting(*target.shape)} for target in targets}

@@ -24,6 +24,7 @@ from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout, PeftFormat
 from graft.core.storage import patterns
 from graft.core.target import Target
+from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN, Factored, check_rank, uniform
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ class GraLoRA(DeltaConfig):
 
     def fitting(self, out_features: int, in_features: int) -> int:
         """The number of blocks along each side of this shape."""
-        common = math.gcd(out_features, in_features, self.rank)
-        return max(k for k in range(1, min(self.blocks, common) + 1) if common % k == 0)
+        return largest_divisor(math.gcd(out_features, in_features, self.rank), self.blocks)
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
         scale = 2.0 if self.alpha is None else self.alpha / (self.rank + self.hybrid_rank)

@@ -48,11 +48,9 @@ class IA3Delta(Delta):
 
     def forward(self, x: Tensor) -> Tensor:
         target = self.target
-        gains = self.gains[:, None, None] if target.kind == "conv2d" else self.gains
         if self.inputs:
-            return target.apply((x * gains).to(x.dtype), target.weight(), target.bias)
-        y = target.apply(x, target.weight(), target.bias)
-        return (y * gains).to(y.dtype)
+            return target.apply(target.scale(x, self.gains), target.weight(), target.bias)
+        return target.scale(target.apply(x, target.weight(), target.bias), self.gains)
 
     def exported(self) -> dict[str, Tensor]:
         shape = [1, -1, 1, 1] if self.target.kind == "conv2d" else [1, -1] if self.inputs else [-1, 1]  # PEFT's

@@ -59,10 +59,12 @@ class LoCADelta(Additive):
 
     learning: tuple[str, ...] = ("a", "p")
     p: Tensor
+    bases: Bases
 
     def __init__(self, target: Target, layout: Layout, bases: Bases, mobile: bool, generator: torch.Generator):
         super().__init__(target)
-        self.bases, self.scale = [bases], float(layout["scale"])  # in a list: owned by the adapter, not by this module
+        self.refer(bases=bases)
+        self.scale = float(layout["scale"])
         self.a = nn.Parameter(torch.zeros(layout["count"], dtype=target.dtype))
         p = torch.rand(2, layout["count"], generator=generator).to(target.dtype)
         if mobile:
@@ -82,7 +84,7 @@ class LoCADelta(Additive):
     def update(self) -> Tensor:
         # A zero gradient rather than none: DistributedDataParallel waits for every parameter.
         a, p = (value if name in self.learning else value.detach() + 0 * value for name, value in (("a", self.a), ("p", self.p)))
-        left, right = (getattr(self.bases[0], f"dct_{size}").to(a) for size in self.target.shape)
+        left, right = (getattr(self.bases, f"dct_{size}").to(a) for size in self.target.shape)
         update: Tensor = _Synthesis.apply(a, p.clamp(0, 0.999) * self.steps, left, right)  # type: ignore[no-untyped-call]
         return update * self.scale
 

@@ -25,6 +25,7 @@ from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import Factored, check_rank
 
 
@@ -101,7 +102,7 @@ class MoS(DeltaConfig):
 
     def pieces(self, out_features: int, in_features: int) -> int:
         """l for a shape."""
-        return next(n for n in range(self.shards, 0, -1) if out_features % n == 0 == in_features % n)
+        return largest_divisor(math.gcd(out_features, in_features), self.shards)
 
     def shared(self, targets: Sequence[Target], seed: int) -> Pools:
         return Pools(targets, self, seed)
