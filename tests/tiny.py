@@ -120,10 +120,12 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "nola": {"rank": 3, "count": 20},
     "oft": {"block": 5},
     "randlora": {"rank": 5},
+    "road": {"group": 4},
     "s2ft": {"down": 0.2, "o": 0.5},
     "shira": {"rank": 3},
     "svfit": {},
     "tlora": {"rank": 2},
+    "vblora": {"rank": 3, "vectors": 9, "length": 4},
     "vera": {"rank": 11},
 }
 

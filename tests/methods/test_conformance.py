@@ -520,6 +520,7 @@ PEFT_KINDS = {
     "RANDLORA": ("linear",),
     "IA3": ("linear", "conv1d", "conv2d"),
     "HRA": ("linear", "conv2d"),
+    "VBLORA": ("linear", "conv1d"),
     "BOFT": (),  # more than one factor needs its CUDA kernel; test_boft goes without
     "HIRA": ("linear", "conv1d", "embedding", "conv2d"),
     "LOHA": ("linear", "conv2d"),
@@ -601,6 +602,10 @@ def peft_configs() -> list[Any]:
         ),
         pytest.param("hra", peft.HRAConfig(**common, r=4), id="hra"),
         pytest.param("hra", peft.HRAConfig(**common, r=3, init_weights=False), id="hra-odd"),
+        pytest.param("road", peft.RoadConfig(**common, group_size=4), id="road"),
+        pytest.param("road", peft.RoadConfig(**common, variant="road_2", group_size=2, init_weights=False), id="road-2"),
+        pytest.param("road", peft.RoadConfig(**common, variant="road_4", group_size=4), id="road-4"),
+        pytest.param("vblora", peft.VBLoRAConfig(**common, r=3, num_vectors=7, vector_length=4, topk=3), id="vblora"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 

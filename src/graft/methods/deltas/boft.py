@@ -64,7 +64,7 @@ class BOFTDelta(InputMap):
 
     def forward(self, x: Tensor) -> Tensor:
         target = self.target
-        if target.kind not in PLAIN:
+        if target.kind not in PLAIN or x.numel() > target.weight().numel():  # whichever has fewer rows to rotate, x or W
             return Delta.forward(self, x)
         y = target.scale(target.apply(self.times(x, transposed=True).to(x.dtype), target.weight()), self.gains)
         return y if target.bias is None else y + target.bias.to(y.dtype)
