@@ -24,7 +24,6 @@ from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
 from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import nearest_divisor
-from graft.methods.families.factored import PLAIN
 from graft.methods.families.multiplicative import InputMap
 from graft.methods.families.peft_options import refuse_others
 from graft.numerics.orthogonal import cayley, times_blocks
@@ -64,7 +63,7 @@ class BOFTDelta(InputMap):
 
     def forward(self, x: Tensor) -> Tensor:
         target = self.target
-        if target.kind not in PLAIN or x.numel() > target.weight().numel():  # whichever has fewer rows to rotate, x or W
+        if not self.on_inputs(x):
             return Delta.forward(self, x)
         y = target.scale(target.apply(self.times(x, transposed=True).to(x.dtype), target.weight()), self.gains)
         return y if target.bias is None else y + target.bias.to(y.dtype)

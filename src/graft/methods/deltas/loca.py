@@ -27,6 +27,7 @@ from graft.core.target import Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.bases import Bases
 from graft.methods.families.factored import PLAIN
+from graft.methods.families.groups import apart
 from graft.numerics.transforms import analyse, dct_matrix, synthesise
 
 if TYPE_CHECKING:
@@ -125,9 +126,7 @@ class LoCA(DeltaConfig):
 
     def groups(self, adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         places = [delta.p for delta in adapter.deltas.values() if isinstance(delta, LoCADelta) and isinstance(delta.p, nn.Parameter)]
-        held = {id(p) for p in places}
-        groups = [{**g, "params": [p for p in g["params"] if id(p) not in held]} for g in super().groups(adapter, lr, weight_decay)]
-        return [g for g in (*groups, {"params": places, "lr": self.place_lr, "weight_decay": 0.0}) if g["params"]]
+        return apart(super().groups(adapter, lr, weight_decay), places, lr=self.place_lr, weight_decay=0.0)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return (3 if self.share else 1) * self.count

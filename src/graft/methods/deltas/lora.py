@@ -25,6 +25,7 @@ from graft.core.delta import DeltaConfig, Layout, PeftFormat
 from graft.core.target import Target
 from graft.methods.families import peft_lora
 from graft.methods.families.factored import LowRank
+from graft.methods.families.groups import apart
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -60,10 +61,7 @@ class LoRA(DeltaConfig):
         if self.lr_ratio == 1:
             return super().groups(adapter, lr, weight_decay)
         slow = {id(pair.A) for pair in adapter.pairs().values()}
-        rates = {True: lr, False: lr * self.lr_ratio}
-        groups = super().groups(adapter, lr, weight_decay)
-        split = [{**g, "lr": rates[of_A], "params": [p for p in g["params"] if (id(p) in slow) == of_A]} for g in groups for of_A in rates]
-        return [group for group in split if group["params"]]
+        return apart(super().groups(adapter, lr, weight_decay), (p for p in adapter.parameters() if id(p) not in slow), lr=lr * self.lr_ratio)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features)

@@ -25,7 +25,7 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.factored import PLAIN, check_rank
+from graft.methods.families.factored import check_rank
 from graft.methods.families.multiplicative import InputMap
 
 LOW, HIGH = 0.25, 1.75  # of the entries of G before they are scaled: positive, so that no trace comes near zero
@@ -76,8 +76,7 @@ class TLoRADelta(InputMap):
         return torch.addmm(weight, B, A), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        # With a ring the R^2 copies of x cost more than those of W, unless there are fewer rows.
-        if self.target.kind not in PLAIN or (self.G.shape[-1] > 1 and x.numel() > math.prod(self.target.shape)):
+        if not self.on_inputs(x):
             return Delta.forward(self, x)
         B, A = self.residual()
         return super().forward(x) + self.target.mix(self.target.apply(x, A), B)

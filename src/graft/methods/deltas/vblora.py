@@ -26,6 +26,7 @@ from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.groups import apart
 from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
@@ -43,10 +44,13 @@ class Bank(nn.Module):
 class VBLoRADelta(Factored):
     """``logits_A`` [r, in / b, h] and ``logits_B`` [out / b, r, h]; the bank belongs to the adapter."""
 
+    bank: Bank
+
     def __init__(self, target: Target, layout: Layout, bank: Bank, config: VBLoRA, generator: torch.Generator):
         super().__init__(target)
         check_rank(layout["rank"], target)
-        self.bank, self.top, self.dropout = [bank], layout["top"], config.dropout  # in a list: owned by the adapter, not by this module
+        self.refer(bank=bank)
+        self.top, self.dropout = layout["top"], config.dropout
         (out_features, in_features), (count, length) = target.shape, bank.vblora_vector_bank.shape
 
         def logits(*pieces: int) -> nn.Parameter:
@@ -62,7 +66,7 @@ class VBLoRADelta(Factored):
     def mixtures(self, logits: Tensor) -> Tensor:
         """The pieces [..., b] of logits [..., h]."""
         top, places = logits.topk(self.top)
-        return (top.softmax(-1)[..., None] * self.bank[0].vblora_vector_bank.to(top)[places]).sum(-2)
+        return (top.softmax(-1)[..., None] * self.bank.vblora_vector_bank.to(top)[places]).sum(-2)
 
     def product(self) -> tuple[Tensor, Tensor]:
         A, B = self.mixtures(self.logits_A), self.mixtures(self.logits_B)
@@ -109,11 +113,8 @@ class VBLoRA(DeltaConfig):
         return VBLoRADelta(target, layout, shared, self, generator)
 
     def groups(self, adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        logits = {id(p) for delta in adapter.deltas.values() if isinstance(delta, VBLoRADelta) for p in delta.parameters()}
-        rates = {True: lr * self.logits_lr, False: lr}
-        groups = super().groups(adapter, lr, weight_decay)
-        split = [{**g, "lr": rates[fast], "params": [p for p in g["params"] if (id(p) in logits) == fast]} for g in groups for fast in rates]
-        return [group for group in split if group["params"]]
+        logits = [p for delta in adapter.deltas.values() if isinstance(delta, VBLoRADelta) for p in delta.parameters()]
+        return apart(super().groups(adapter, lr, weight_decay), logits, lr=lr * self.logits_lr)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """Of a target alone, with its bank; see :meth:`total`."""
