@@ -105,6 +105,8 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "galore": {"rank": 3, "update_interval": 3},
     "hydra": {"rank": 3, "output_rank": 5},
     "int-tune": {"rank": 8},
+    "lamda": {"rank": 5, "eta": 0.8},
+    "lamda++": {"rank": 4, "eta": 0.8},
     "lisa": {"active_blocks": 1, "interval": 2},
     "loca": {"count": 40, "share": 0.8, "value_updates": 1, "place_updates": 2},
     "lora-ga": {"rank": 3},
