@@ -116,6 +116,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "shira": {"rank": 3},
     "svfit": {},
     "tlora": {"rank": 2},
+    "tri-adapt-lora": {"rank": 3, "initial_rank": 2, "block": 2, "interval": 2},
     "vera": {"rank": 11},
 }
 
