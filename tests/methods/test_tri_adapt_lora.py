@@ -181,6 +181,13 @@ def test_equal_targets_grow_in_the_model_s_order() -> None:
     assert check(adapter, 20) == [5, 3, 1, 1]
 
 
+def test_blocks_that_no_longer_fit_the_budget_are_left_out() -> None:
+    """R = 8, R_now = 4, K = 4 at q = 1, blocks of 3: one target can grow."""
+    adapter, _, _ = tri(network(), 100, rank=2, block=3, warmup=0.0)
+    set_cores(adapter, [1.0, 3.0, 2.0, 2.5])
+    assert check(adapter, 100) == [1, 4, 1, 1]
+
+
 def test_nothing_grows_before_the_end_of_the_warm_up() -> None:
     adapter, _, _ = tri(network(), 100, warmup=0.3)
     for t in range(1, 31):
@@ -236,6 +243,7 @@ def test_a_run_grows_and_its_resumption_grows_alike(tmp_path: Path) -> None:
     model, resumed, optimizer = begin()
     resumed.load_state_dict(states[0])
     optimizer.load_state_dict(states[1])
+    assert growth_of(resumed).last == growth_of(killed).last != {}
     train(model, optimizer, range(7, 16), 12)
     assert ranks(resumed) == ranks(whole)
     assert all(torch.equal(value, whole.tensors()[name]) for name, value in resumed.tensors().items())
