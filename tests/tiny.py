@@ -111,6 +111,8 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "hra": {"rank": 4, "orthogonality": 0.01},
     "hydra": {"rank": 3, "output_rank": 5},
     "int-tune": {"rank": 8},
+    "lamda": {"rank": 5, "eta": 0.8},
+    "lamda++": {"rank": 4, "eta": 0.8},
     "lisa": {"active_blocks": 1, "interval": 2},
     "loca": {"count": 40, "share": 0.8, "value_updates": 1, "place_updates": 2},
     "loldu": {},
@@ -125,6 +127,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "shira": {"rank": 3},
     "svfit": {},
     "tlora": {"rank": 2},
+    "tri-adapt-lora": {"rank": 3, "initial_rank": 2, "block": 2, "interval": 2},
     "vblora": {"rank": 3, "vectors": 9, "length": 4},
     "vera": {"rank": 11},
 }

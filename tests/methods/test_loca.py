@@ -169,3 +169,28 @@ def test_files_hold_whole_places_that_mean_the_same_in_any_dtype(tmp_path: Path)
     loaded = graft.load_adapter(twin, path, check_base=False)
     assert torch.equal(next(iter(loaded.deltas.values())).exported()["places"], places)
     torch.testing.assert_close(twin(x.double()).float(), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_it_trains_inside_of_distributed_data_parallel(tmp_path: Path) -> None:
+    """Which waits for a gradient of every parameter, also of those that rest."""
+    ends = []
+    for wrapped in (False, True):
+        model = layer()
+        adapter, _ = loca(model, share=0.6, value_updates=1, place_updates=2, place_lr=0.01)
+        optimizer = adapter.optimizer(lr=0.01, total_steps=10)
+        if wrapped:
+            torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        try:
+            run = nn.parallel.DistributedDataParallel(model) if wrapped else model
+            run.train()
+            x = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+            for _ in range(8):
+                run(x).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            if wrapped:
+                torch.distributed.destroy_process_group()
+        ends.append([p.detach() for p in adapter.parameters()])
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(one, two)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from graft.core import optimizer_state
 from graft.core.callback import Callback, State
@@ -21,6 +20,7 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, Part
 from graft.core.errors import GraftError
+from graft.methods.families.wrapped import refuse_distributed_wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,7 @@ class BlockSampler(Callback):
         return sorted(depths[i] for i in torch.randperm(len(depths), generator=generator)[: self.config.active_blocks].tolist())
 
     def before_forward(self) -> None:
-        # Its reducer was built from the blocks that trained at that moment; of others each process would apply its own gradients.
-        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
-            raise GraftError(
-                "LISA unfreezes blocks that DistributedDataParallel does not know; use `graft fit`, or in your own loop "
-                "graft.training.distributed.average_gradients(adapter.parameters()) in place of the wrapper."
-            )
+        refuse_distributed_wrapper("LISA unfreezes blocks")
 
     def after_update(self, step: int) -> None:
         if (step + 1) % self.config.interval == 0:
