@@ -115,6 +115,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "shira": {"rank": 3},
     "svfit": {},
     "vera": {"rank": 11},
+    "waveft": {"count": 40, "wavelet": "db2"},
 }
 
 

@@ -575,6 +575,8 @@ def peft_configs() -> list[Any]:
         pytest.param("c3a", peft.C3AConfig(**common, block_size=4, block_size_pattern={"q_proj": 2}), id="c3a"),
         pytest.param("gralora", peft.GraloraConfig(**common, r=6, alpha=9, init_weights=False), id="gralora"),
         pytest.param("gralora", peft.GraloraConfig(**common, r=8, gralora_k=4, hybrid_r=3, init_weights=False), id="gralora-hybrid"),
+        pytest.param("waveft", peft.WaveFTConfig(**common, n_frequency=30, scaling=9.0, n_frequency_pattern={"v_proj": 50}), id="waveft"),
+        pytest.param("waveft", peft.WaveFTConfig(**common, n_frequency=40, wavelet_family="coif1", proportional_parameters=True), id="waveft-coif"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
