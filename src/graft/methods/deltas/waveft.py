@@ -5,9 +5,9 @@
 One level of a two-dimensional wavelet transform: C's quarters are the approximation, two details and the diagonal detail, each drawn out by
 a factor of two with the wavelet's filters (length p + 2) and added; C is padded, so that the borders, where filters would end, fall off.
 
-Bilican et al., arXiv 2505.12532. Places, padding and pairing of quarters with filters are PEFT's (the upper right quarter is high-pass
-from row to row and low-pass from column to column). Not offered are its coif4 and coif5, whose filters are misprinted there (0.21.2: coif4 differs from the
-wavelet's by up to 0.012, coif5 has 48 taps of 30), and ``use_idwt=False`` (entries without a transform; see SHiRA).
+Bilican et al., arXiv 2505.12532. Places, padding and pairing of quarters with filters are PEFT's: the upper right quarter is high-pass from
+row to row and low-pass from column to column. Not offered are its coif4 and coif5, whose filters are misprinted there (0.21.2: coif4 differs
+from the wavelet's by up to 0.012, coif5 has 48 taps of 30), and ``use_idwt=False`` (entries without a transform; see SHiRA).
 """
 
 from __future__ import annotations
