@@ -130,6 +130,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "tri-adapt-lora": {"rank": 3, "initial_rank": 2, "block": 2, "interval": 2},
     "vblora": {"rank": 3, "vectors": 9, "length": 4},
     "vera": {"rank": 11},
+    "waveft": {"count": 40, "wavelet": "db2"},
 }
 
 

@@ -606,6 +606,8 @@ def peft_configs() -> list[Any]:
         pytest.param("road", peft.RoadConfig(**common, variant="road_2", group_size=2, init_weights=False), id="road-2"),
         pytest.param("road", peft.RoadConfig(**common, variant="road_4", group_size=4), id="road-4"),
         pytest.param("vblora", peft.VBLoRAConfig(**common, r=3, num_vectors=7, vector_length=4, topk=3), id="vblora"),
+        pytest.param("waveft", peft.WaveFTConfig(**common, n_frequency=30, scaling=9.0, n_frequency_pattern={"v_proj": 50}), id="waveft"),
+        pytest.param("waveft", peft.WaveFTConfig(**common, n_frequency=40, wavelet_family="coif1", proportional_parameters=True), id="waveft-coif"),
         pytest.param("shira", peft.ShiraConfig(**common, r=3, init_weights=False, random_seed=4), id="shira"),
     ]
 
