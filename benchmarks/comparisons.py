@@ -34,7 +34,7 @@ SMOLLM2 = {
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
-    "imdb-minilm": {**MINILM, "data": "imdb", "batch_size": 8, "max_length": 96},
+    "imdb-minilm": {**MINILM, "data": "reviews", "steps": 80, "batch_size": 8, "max_length": 96},
     "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
     "low-rank": {
         **SMOLLM2,
@@ -59,12 +59,23 @@ def arithmetic(source: Path, folder: Path) -> Path:
     return folder
 
 
+def reviews(source: Path, folder: Path) -> Path:
+    """imdb's reviews without the question and the options before them, which would take most of the tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = map(json.loads, (source / "imdb" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines())
+        texts = [{"text": row["prompt"].split("Option: Good, Bad \n")[1].removesuffix("Answer:").strip(), "label": row["answer"]} for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    return folder
+
+
 def run(name: str, source: Path, runs: Path, jobs: int) -> None:
     """One comparison, and its reports into docs/results."""
     settings = dict(CASES[name])
     if settings["methods"] is None:
         settings["methods"] = [row.name for row in graft.methods() if row.name != "full"]
-    data = arithmetic(source, runs / "data" / "arithmetic") if settings["data"] == "arithmetic" else source / settings["data"]
+    make = {"arithmetic": arithmetic, "reviews": reviews}.get(settings["data"])
+    data = make(source, runs / "data" / settings["data"]) if make else source / settings["data"]
     output = runs / name
     config = runs / f"{name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
