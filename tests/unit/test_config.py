@@ -107,5 +107,5 @@ def test_wrong_method_names() -> None:
         graft.methods()["lroa"]
     with pytest.raises(AttributeError, match="LoRA"):
         _ = graft.LoRa
-    with pytest.raises(graft.GraftError, match=r"allowed: .*adalora.*shira"):
+    with pytest.raises(graft.GraftError, match=r"allowed are \d+ names, among them adalora"):
         graft.methods()["zzzzzz"]

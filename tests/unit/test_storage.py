@@ -379,7 +379,7 @@ def test_peft_options_that_are_off_are_accepted(folder: Path) -> None:
     graft.load_adapter(tiny.llama(), folder)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "PREFIX_TUNING", "nonsense"])
+@pytest.mark.parametrize("kind", ["POLY", "PREFIX_TUNING", "nonsense"])
 def test_peft_types_that_graft_does_not_read(folder: Path, kind: str) -> None:
     refused(as_peft(folder, peft_type=kind), f"type {kind}.*LORA")
 
