@@ -24,7 +24,7 @@ lint: install
 
 # Unit tests run side by side on one thread each; tests with real models have the machine to themselves.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not real"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m "not real"
 	$(BIN)/pytest -m real --durations=10
 
 docs: install

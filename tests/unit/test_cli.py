@@ -65,7 +65,7 @@ def test_help_has_an_example(command: str) -> None:
 def test_the_installed_command_answers_in_one_sentence() -> None:
     result = subprocess.run([Path(sys.executable).parent / "graft", "methods", "lorra"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "graft: there is no method 'lorra'; did you mean 'lora' or 'slora' or 'delora'?\n"
+    assert result.stderr == "graft: there is no method 'lorra'; did you mean 'lora' or 'tlora' or 'slora'?\n"
 
 
 def test_methods_come_from_the_catalogue() -> None:
