@@ -49,12 +49,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; a line ends with a newline and nothing else, texts hold other separators."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
 def arithmetic(source: Path, folder: Path) -> Path:
     """Questions with their rationale as what is to be written; the held-out ones are multiarith's, with the bare number."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, name, answer in (("train", "math-rationales", "rationale"), ("test", "multiarith", "answer")):
-        lines = (source / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [{"prompt": row["prompt"].strip(), "answer": row[answer].removeprefix("\nA:").strip()} for row in map(json.loads, lines)]
+        found = lines(source / name / f"{split}.jsonl")
+        rows = [{"prompt": row["prompt"].strip(), "answer": row[answer].removeprefix("\nA:").strip()} for row in found]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["answer"]), encoding="utf-8")
     return folder
 
@@ -63,7 +69,7 @@ def reviews(source: Path, folder: Path) -> Path:
     """imdb's reviews without the question and the options before them, which would take most of the tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        rows = map(json.loads, (source / "imdb" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = lines(source / "imdb" / f"{split}.jsonl")
         texts = [{"text": row["prompt"].split("Option: Good, Bad \n")[1].removesuffix("Answer:").strip(), "label": row["answer"]} for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
     return folder
