@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from graft.core.callback import Callback
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.factored import Factored, cheaper_in_factors, check_rank
 from graft.methods.families.rebuilt import Rebuilt, save_bases
 from graft.numerics.svd import truncated_svd
 
@@ -63,6 +63,15 @@ class SALTDelta(Rebuilt, Factored):
             S = self.S[scaled:].diag()
             B, A = self.U[:, scaled:] @ ((S + self.X @ self.Y).relu() - S), self.V[scaled:]
         return torch.cat([self.U[:, :scaled] * self.change(), B], 1), torch.cat([self.V[:scaled], A])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not cheaper_in_factors(x, self.target, len(self.S)):
+            return Delta.forward(self, x)
+        return super().forward(x)
+
+    @classmethod
+    def together(cls, deltas: Sequence[Delta], x: Tensor) -> None:
+        """One by one, each in its cheaper way."""
 
 
 @dataclass(frozen=True, kw_only=True)

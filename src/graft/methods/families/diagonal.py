@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from graft.core.delta import Delta
-from graft.methods.families.factored import Factored
+from graft.methods.families.factored import Factored, cheaper_in_factors
 
 
 class Diagonal(Factored):
@@ -25,10 +25,9 @@ class Diagonal(Factored):
         return B * d, A
 
     def forward(self, x: Tensor) -> Tensor:
-        target = self.target
-        if not target.pointwise:
-            return super().forward(x)
-        B, d, A = self.parts()
+        target, (B, d, A) = self.target, self.parts()
+        if not target.pointwise or not cheaper_in_factors(x, target, len(d), passes=2):
+            return Delta.forward(self, x)
         return target.apply(x, target.weight(), target.bias) + target.mix(target.scale(target.apply(x, A), d), B)
 
     @classmethod

@@ -172,6 +172,16 @@ class LowRank(Factored):
             self.B0.copy_(B[:, rank:])
 
 
+def cheaper_in_factors(x: Tensor, target: Target, rank: int, passes: int = 3) -> bool:
+    """Whether products with thin factors cost less than forming W' and its gradient, by multiplications of a training step.
+
+    ``passes`` over both factors: forward, gradient of x and, where the factors themselves are trained, theirs.
+    """
+    out_features, in_features = target.shape
+    rows = x.numel() // in_features
+    return passes * rows * rank * (out_features + in_features) <= (2 * rank + rows) * out_features * in_features
+
+
 def low_rank_deltas(adapter: Adapter, method: str) -> dict[str, LowRank]:
     """The deltas of ``adapter`` that a start can fill; raises :class:`GraftError` where they have no A and B to set."""
     heads = adapter.whole_targets
