@@ -134,9 +134,13 @@ class DeltaConfig(Part):
         """What all deltas of one adapter share (frozen bases, pools), registered once."""
         return None
 
+    def layout_at(self, target: Target) -> Layout:
+        """The structure of a fresh delta at one target; what is saved and built from on loading."""
+        return {}
+
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Calibration | None) -> dict[str, Layout]:
-        """The structure of every delta, decided over all targets together; what is saved and built from on loading."""
-        return {target.name: {} for target in targets}
+        """The structure of every delta, for methods that decide over all targets together."""
+        return {target.name: self.layout_at(target) for target in targets}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> Delta:
         """The delta for one target. Everything random comes from ``generator`` (CPU, fp32)."""

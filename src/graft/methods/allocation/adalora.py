@@ -83,9 +83,9 @@ class AdaLoRA(DeltaConfig):
     def callbacks(self) -> list[Callback]:
         return [Budget(self)]
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         alpha = 2.0 * self.initial_rank if self.alpha is None else self.alpha
-        return {t.name: {"rank": self.initial_rank, "scale": alpha / (self.initial_rank + 1e-5)} for t in targets}
+        return {"rank": self.initial_rank, "scale": alpha / (self.initial_rank + 1e-5)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> AdaLoRADelta:
         delta = AdaLoRADelta(target, layout, generator)

@@ -11,9 +11,8 @@ compare with that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +67,9 @@ class BlockLoRA(DeltaConfig):
             return self.rank // self.blocks, self.blocks, 1
         return self.rank, 1, largest_divisor(in_features, self.blocks)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank
-        return {t.name: {**dict(zip(("rank", "arms", "copies"), self.split(t.shape[1]), strict=True)), "scale": scale} for t in targets}
+        return {**dict(zip(("rank", "arms", "copies"), self.split(target.shape[1]), strict=True)), "scale": scale}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> BlockLoRADelta:
         return BlockLoRADelta(target, layout, generator)

@@ -100,12 +100,11 @@ class BOFT(DeltaConfig):
         "BOFT", {"Z": "boft_R", "gains": "boft_s"}, ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout")
     )
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        found = {target.name: structure(target.shape[1], self.block, self.factors) for target in targets}
-        for target in targets:
-            if found[target.name][0] == 0:
-                raise GraftError(f"{target} has one input, and a rotation takes two; narrow the targets.")
-        return {name: {"block": block, "factors": factors} for name, (block, factors) in found.items()}
+    def layout_at(self, target: Target) -> Layout:
+        block, factors = structure(target.shape[1], self.block, self.factors)
+        if block == 0:
+            raise GraftError(f"{target} has one input, and a rotation takes two; narrow the targets.")
+        return {"block": block, "factors": factors}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> BOFTDelta:
         return BOFTDelta(target, layout["block"], layout["factors"])

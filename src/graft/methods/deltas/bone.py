@@ -62,8 +62,8 @@ class Bone(DeltaConfig):
     def peft_format(self) -> PeftFormat | None:
         return self.peft if self.share == "col" else None
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {t.name: {"block": largest_divisor(math.gcd(*t.shape), self.block), "row": self.share == "row"} for t in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"block": largest_divisor(math.gcd(*target.shape), self.block), "row": self.share == "row"}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> BoneDelta:
         return BoneDelta(target, layout["block"], layout["row"])

@@ -70,8 +70,8 @@ class C3A(DeltaConfig):
         """The size of a block at a target of this shape."""
         return largest_divisor(math.gcd(out_features, in_features), self.block)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"block": self.fitting(*target.shape)} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"block": self.fitting(*target.shape)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> C3ADelta:
         return C3ADelta(target, layout["block"])

@@ -64,9 +64,8 @@ class CompLoRA(LoRA):
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
     delta: ClassVar[type[LowRank]] = CompLoRADelta
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        layouts = super().layouts(targets, model, seed, calibration)
-        return {name: {**layout, "protected": None} for name, layout in layouts.items()}  # build() looks at W once for both
+    def layout_at(self, target: Target) -> Layout:
+        return {**super().layout_at(target), "protected": None}  # build() looks at W once for both
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LowRank:
         delta = super().build(target, layout, shared, generator)

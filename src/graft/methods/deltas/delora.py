@@ -67,8 +67,8 @@ class DeLoRA(DeltaConfig):
         ("r", "delora_lambda", "module_dropout", "rank_pattern", "lambda_pattern"),
     )  # fmt: skip
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> DeLoRADelta:
         return DeLoRADelta(target, layout["rank"], self.strength, generator)

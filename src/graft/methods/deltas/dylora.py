@@ -10,7 +10,6 @@ the chosen rank (``use_rank``, :func:`set_rank`): a file is a plain LoRA of that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -97,9 +96,9 @@ class DyLoRA(DeltaConfig):
     def callbacks(self) -> list[Callback]:
         return [RankSampler(self)]
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank
-        return {t.name: {"rank": self.rank, "scale": scale, "frozen": 0, "inactive": []} for t in targets}
+        return {"rank": self.rank, "scale": scale, "frozen": 0, "inactive": []}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> DyLoRADelta:
         delta = DyLoRADelta(target, layout["rank"], layout["scale"], generator, self.dropout)

@@ -73,8 +73,8 @@ class FourierFT(DeltaConfig):
         "FOURIERFT", {"c": "fourierft_spectrum"}, ("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed")
     )
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"count": self.count, "scale": self.scale, "seed": self.places_seed} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"count": self.count, "scale": self.scale, "seed": self.places_seed}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> FourierFTDelta:
         return FourierFTDelta(target, layout)

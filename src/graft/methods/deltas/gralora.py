@@ -81,10 +81,9 @@ class GraLoRA(DeltaConfig):
         """The number of blocks along each side of this shape."""
         return largest_divisor(math.gcd(out_features, in_features, self.rank), self.blocks)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / (self.rank + self.hybrid_rank)
-        own = {"rank": self.rank, "hybrid_rank": self.hybrid_rank, "scale": scale}
-        return {target.name: {**own, "blocks": self.fitting(*target.shape)} for target in targets}
+        return {"rank": self.rank, "hybrid_rank": self.hybrid_rank, "scale": scale, "blocks": self.fitting(*target.shape)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> GraLoRADelta:
         return GraLoRADelta(target, layout, generator)

@@ -69,8 +69,8 @@ class HiRA(DeltaConfig):
         ("r", "hira_dropout", "rank_pattern"),
     )  # fmt: skip
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HiRADelta:
         return HiRADelta(target, layout["rank"], generator)

@@ -76,11 +76,10 @@ class HRA(DeltaConfig):
     def callbacks(self) -> list[Callback]:
         return [Orthogonality(self.orthogonality)] if self.orthogonality else []
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        for target in targets:
-            if self.rank % 2 or self.rank > target.shape[1]:
-                raise GraftError(f"HRA.rank is {self.rank}, but at {target} it must be even and at most {target.shape[1]}, the inputs.")
-        return {target.name: {"rank": self.rank} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        if self.rank % 2 or self.rank > target.shape[1]:
+            raise GraftError(f"HRA.rank is {self.rank}, but at {target} it must be even and at most {target.shape[1]}, the inputs.")
+        return {"rank": self.rank}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HRADelta:
         return HRADelta(target, layout["rank"], generator)

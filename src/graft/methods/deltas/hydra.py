@@ -11,9 +11,8 @@ untransposed factors; the closed form above is followed. Heads without biases, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +70,8 @@ class Hydra(DeltaConfig):
 
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {t.name: self.settings() for t in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return self.settings()
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HydraDelta:
         return HydraDelta(target, layout, generator)

@@ -77,8 +77,8 @@ class IA3(DeltaConfig):
     def on_inputs(self, role: str) -> bool:
         return self.inputs == "all" or self.inputs == role
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"inputs": self.on_inputs(target.role)} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"inputs": self.on_inputs(target.role)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> IA3Delta:
         return IA3Delta(target, layout["inputs"])

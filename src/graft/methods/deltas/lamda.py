@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.core import optimizer_state
 from graft.core.callback import Callback, State
@@ -62,9 +62,8 @@ class LaMDA(ThreeFactorConfig):
     def saves_frozen(self) -> bool:
         return self.save_bases
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        layouts = super().layouts(targets, model, seed, calibration)
-        return {name: {**layout, "subtracted": self.spectral} for name, layout in layouts.items()}
+    def layout_at(self, target: Target) -> Layout:
+        return {**super().layout_at(target), "subtracted": self.spectral}
 
     def start(self, target: Target, rank: int, generator: torch.Generator) -> Sequence[Tensor]:
         if self.spectral:

@@ -117,8 +117,8 @@ class LoCA(DeltaConfig):
         sizes = {size for target in targets for size in target.shape}
         return Bases(False, **{f"dct_{size}": dct_matrix(size).to(targets[0].dtype) for size in sorted(sizes)})
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"count": self.count, "scale": self.scale} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"count": self.count, "scale": self.scale}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoCADelta:
         assert isinstance(shared, Bases)

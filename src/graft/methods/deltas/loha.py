@@ -80,9 +80,9 @@ class LoHa(DeltaConfig):
         ("r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "rank_pattern", "alpha_pattern"),
     )  # fmt: skip
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return {target.name: {"rank": self.rank, "scale": scale} for target in targets}
+        return {"rank": self.rank, "scale": scale}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoHaDelta:
         return LoHaDelta(target, layout["rank"], float(layout["scale"]), generator)

@@ -108,8 +108,8 @@ class LoKr(DeltaConfig):
         whole = [not self.both or 2 * self.rank >= max(a, c), 2 * self.rank >= max(out_features // a, channels // c)]
         return {"rank": self.rank, "scale": 1.0 if self.alpha is None else self.alpha / self.rank, "left": [a, c], "whole": whole}
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: self.layout(target.shape[0], target.shape[1] // window(target)) for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return self.layout(target.shape[0], target.shape[1] // window(target))
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoKrDelta:
         return LoKrDelta(target, layout, generator)

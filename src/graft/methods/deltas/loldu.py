@@ -10,9 +10,8 @@ takes the first r pivots; ``pick`` largest takes those of the largest size. Thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +60,8 @@ class LoLDU(DeltaConfig):
 
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank or min(target.shape), "scale": self.scale} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank or min(target.shape), "scale": self.scale}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoLDUDelta:
         return LoLDUDelta(target, layout, self.pick, self.save_bases)

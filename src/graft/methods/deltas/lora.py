@@ -49,8 +49,8 @@ class LoRA(DeltaConfig):
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {t.name: {"rank": self.rank, "scale": self.scale, "frozen": 0, "inactive": []} for t in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank, "scale": self.scale, "frozen": 0, "inactive": []}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LowRank:
         delta = self.delta(target, layout["rank"], layout["scale"], generator, self.dropout)

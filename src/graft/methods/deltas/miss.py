@@ -62,8 +62,8 @@ class MiSS(DeltaConfig):
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
     peft: ClassVar[PeftFormat | None] = PeftFormat("MISS", {"D": "miss_block"}, ("mini_r", "miss_dropout"))
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank, "width": self.mini or target.shape[0]} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank, "width": self.mini or target.shape[0]}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> MiSSDelta:
         return MiSSDelta(target, layout, self.dropout)

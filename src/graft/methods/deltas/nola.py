@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,9 @@ class NOLA(DeltaConfig):
         Q, P = (torch.empty(size, self.rank, self.count).uniform_(-bound, bound, generator=generator) for size in largest(targets))
         return Bases(False, P=P, Q=Q)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return {target.name: {"rank": self.rank, "count": self.count, "scale": scale} for target in targets}
+        return {"rank": self.rank, "count": self.count, "scale": scale}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> NOLADelta:
         assert isinstance(shared, Bases)

@@ -73,8 +73,8 @@ class OFT(DeltaConfig):
         ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "block_share", "coft", "eps", "module_dropout"),
     )  # fmt: skip
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"block": block_size(target, self.block)} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"block": block_size(target, self.block)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> OFTDelta:
         return OFTDelta(target, layout["block"], self.share, self.terms)

@@ -103,8 +103,8 @@ class RandLoRA(DeltaConfig):
             A, B = ((x > 1 - 0.5 / sparsity).float() - (x < 0.5 / sparsity).float() for x in (A, B))
         return Bases(self.save_bases, randlora_A=unit(A), randlora_B=unit(B))
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {t.name: {"rank": self.rank, "scale": self.scale(t)} for t in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank, "scale": self.scale(target)}
 
     def scale(self, target: Target) -> float:
         """The effective scale s at a target."""

@@ -87,11 +87,10 @@ class RoAd(DeltaConfig):
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
     peft: ClassVar[PeftFormat | None] = PeftFormat("ROAD", {"theta": "road_theta", "alpha": "road_alpha"}, ("variant", "group_size"))
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        for target in targets:
-            if target.shape[0] < 2:
-                raise GraftError(f"{target} has one output, and a rotation takes two; narrow the targets.")
-        return {target.name: {"group": 2 * largest_divisor(target.shape[0] // 2, self.group // 2)} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        if target.shape[0] < 2:
+            raise GraftError(f"{target} has one output, and a rotation takes two; narrow the targets.")
+        return {"group": 2 * largest_divisor(target.shape[0] // 2, self.group // 2)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> RoAdDelta:
         return RoAdDelta(target, layout["group"], EACH[self.variant])

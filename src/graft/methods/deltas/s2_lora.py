@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,8 @@ class S2LoRA(DeltaConfig):
     def shared(self, targets: Sequence[Target], seed: int) -> SharedPairs:
         return SharedPairs(targets, self.rank, seed)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> S2LoRADelta:
         assert isinstance(shared, SharedPairs)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,8 @@ class SALT(DeltaConfig):
         """How many singular values are scaled at a target of this shape."""
         return max(0, min(shape) - 2 * self.rank) if self.scaled is None else self.scaled
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"scaled": self.count(target.shape), "rank": self.rank} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"scaled": self.count(target.shape), "rank": self.rank}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> SALTDelta:
         return SALTDelta(target, layout, self.relu_scope, self.save_bases, generator)

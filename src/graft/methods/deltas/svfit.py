@@ -8,9 +8,8 @@ W stays whole, and weight decay pulls towards the base. ``rank`` none takes all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +54,8 @@ class SVFit(DeltaConfig):
 
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank or min(target.shape)} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank or min(target.shape)}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> SVFitDelta:
         return SVFitDelta(target, layout["rank"], self.save_bases)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,9 @@ class TLoRA(DeltaConfig):
     def callbacks(self) -> list[Callback]:
         return [NearIdentity(self)] if self.penalty else []
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         ranks = {"ring": self.ring, "rank": self.rank}
-        return {t.name: {"in": factors(t.shape[1], self.order), "out": factors(t.shape[0], self.order), **ranks} for t in targets}
+        return {"in": factors(target.shape[1], self.order), "out": factors(target.shape[0], self.order), **ranks}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> TLoRADelta:
         return TLoRADelta(target, layout, self.spread, generator)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,10 @@ class TriAdaptLoRA(DeltaConfig):
         largest = min(2 * self.rank if self.largest_rank is None else self.largest_rank, *shape)
         return [self.initial_rank, *[block] * ((largest - self.initial_rank) // block)]
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        scale = (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
-        layouts = {}
-        for target in targets:
-            check_rank(self.rank, target)
-            sizes = self.sizes(target.shape)
-            inactive = list(range(self.initial_rank, sum(sizes)))
-            layouts[target.name] = {"rank": sum(sizes), "blocks": sizes, "scale": scale, "inactive": inactive}
-        return layouts
+    def layout_at(self, target: Target) -> Layout:
+        check_rank(self.rank, target)
+        sizes, scale = self.sizes(target.shape), (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+        return {"rank": sum(sizes), "blocks": sizes, "scale": scale, "inactive": list(range(self.initial_rank, sum(sizes)))}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> TriAdaptLoRADelta:
         check_rank(layout["rank"], target)

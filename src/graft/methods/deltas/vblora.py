@@ -105,8 +105,8 @@ class VBLoRA(DeltaConfig):
     def common_length(self, shapes: Iterable[tuple[int, int]]) -> int:
         return largest_divisor(math.gcd(*(side for shape in shapes for side in shape)), self.length)
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank, "top": self.top} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank, "top": self.top}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> VBLoRADelta:
         assert isinstance(shared, Bank)

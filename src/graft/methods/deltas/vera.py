@@ -76,8 +76,8 @@ class VeRA(DeltaConfig):
         A = kaiming((self.rank, in_features), generator)
         return Bases(self.save_bases, vera_A=A, vera_B=kaiming((out_features, self.rank), generator))
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: {"rank": self.rank} for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return {"rank": self.rank}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> VeRADelta:
         assert isinstance(shared, Bases)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,9 @@ class WaRA(DeltaConfig):
         sizes = sorted({size for target in targets for size in target.shape})
         return Bases(False, **{f"T{size}": wavelet_transform(2 * half(size), self.wavelet)[:, :size] for size in sizes})
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank
-        return {target.name: {"rank": self.rank, "pairs": 1 if self.factors == "shared" else 2, "scale": scale} for target in targets}
+        return {"rank": self.rank, "pairs": 1 if self.factors == "shared" else 2, "scale": scale}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> WaRADelta:
         assert isinstance(shared, Bases)

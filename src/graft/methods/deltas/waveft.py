@@ -100,8 +100,8 @@ class WaveFT(DeltaConfig):
         ("n_frequency", "n_frequency_pattern", "scaling", "wavelet_family", "use_idwt", "random_loc_seed", "proportional_parameters"),
     )  # fmt: skip
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
-        return {target.name: self._layout(self.count) for target in targets}
+    def layout_at(self, target: Target) -> Layout:
+        return self._layout(self.count)
 
     def _layout(self, count: int) -> Layout:
         return {"count": count, "scale": self.scale, "seed": self.places_seed}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,9 @@ class ThreeFactorConfig(DeltaConfig):
         """Whether files hold the frozen factors; otherwise they are made again from W."""
         return True
 
-    def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Any) -> dict[str, Layout]:
+    def layout_at(self, target: Target) -> Layout:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return {t.name: {"rank": self.rank, "scale": scale, "subtracted": self.subtracted} for t in targets}
+        return {"rank": self.rank, "scale": scale, "subtracted": self.subtracted}
 
     def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> ThreeFactor:
         check_rank(layout["rank"], target)
