@@ -27,26 +27,13 @@ from graft.core.catalogue import Method
 from graft.core.slot import slot_of
 from graft.core.target import LINEAR_KINDS, Target
 from tests import tiny
+from tests.methods.small import quiet_peft
 
 ROWS = list(graft.methods())
 every_method = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
 mergeable = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.mergeable == "exactly"])
 identical = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.starts_as_identity])
 in_peft = pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.delta.peft])
-# What PEFT 0.21.2 warns of whatever is right or wrong with the file: an attribute that transformers 5 renamed, our key 'graft' beside its
-# own (and fan_in_fan_out where it knows linear maps only), that it saves embeddings along, and torch's note on the sparse tensors of its SHiRA.
-quiet_peft = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
-    r"ignore:Unexpected keyword arguments \[('fan_in_fan_out', )?'graft'\]:UserWarning",
-    "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
-    "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
-    # its RandLoRA names the shared bases once more for every layer; they are one tensor, which our file holds once
-    "ignore:Found missing adapter keys.*randlora_[AB].default:UserWarning",
-    "ignore:Failed to load the CUDA extension:UserWarning",
-    "ignore:Setting boft_n_butterfly_factor to 1:UserWarning",
-    "ignore:Invalid .oft_block_size. .*Adjusted:UserWarning",
-    "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
-)
 
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "sst-2" / "train.jsonl"

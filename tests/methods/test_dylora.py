@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.dylora import DyLoRADelta, RankSampler, set_rank
 from tests import tiny
-from tests.methods.small import layer, randomise
-from tests.methods.test_conformance import quiet_peft
+from tests.methods.small import layer, quiet_peft, randomise
 
 
 def dylora(model: nn.Module, **options: object) -> tuple[graft.Adapter, DyLoRADelta]:

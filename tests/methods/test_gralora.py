@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import graft
 from graft.methods.deltas.gralora import GraLoRADelta
-from tests.methods.small import Net, layer, randomise
-from tests.methods.test_conformance import quiet_peft
+from tests.methods.small import Net, layer, quiet_peft, randomise
 
 
 def gralora(model: nn.Module, seed: int = 1, **options: object) -> GraLoRADelta:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.loha import LoHaDelta
 from tests import tiny
-from tests.methods.small import conv, layer, randomise
-from tests.methods.test_conformance import quiet_peft
+from tests.methods.small import conv, layer, quiet_peft, randomise
 
 NAMES = ("B1", "A1", "B2", "A2")
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.lokr import LoKr, LoKrDelta
 from tests import tiny
-from tests.methods.small import Net, layer, randomise
-from tests.methods.test_conformance import quiet_peft
+from tests.methods.small import Net, layer, quiet_peft, randomise
 
 factors = st.one_of(st.none(), st.integers(1, 40))
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.waveft import WaveFTDelta, Wavelet
 from tests import tiny
-from tests.methods.small import layer, randomise
-from tests.methods.test_conformance import quiet_peft
+from tests.methods.small import layer, quiet_peft, randomise
 
 
 def waveft(model: nn.Module, seed: int = 1, **options: object) -> WaveFTDelta:
