@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,14 @@ quiet_peft = pytest.mark.filterwarnings(
     "ignore:Invalid .oft_block_size. .*Adjusted:UserWarning",
     "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
 )
+
+
+def as_peft(folder: Path, **changes: Any) -> Path:
+    """An adapter's folder as PEFT would have written it, without our key and with ``changes`` in its config."""
+    file = folder / "adapter_config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "graft"}
+    file.write_text(json.dumps({**config, **changes}))
+    return folder
 
 
 class Net(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.hra import HRADelta
 from tests import tiny
-from tests.methods.small import layer, randomise
+from tests.methods.small import as_peft, layer, randomise
 
 
 def hra(model: nn.Module, **options: Any) -> HRADelta:
@@ -94,8 +93,6 @@ def test_odd_ranks_and_gram_schmidt_are_refused(tmp_path: Path) -> None:
     with pytest.raises(graft.GraftError, match="at most 9"):
         graft.attach(layer(60, 9), "hra", rank=10)
     graft.attach(tiny.llama(), "hra", rank=4).save(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "graft"}
-    file.write_text(json.dumps({**config, "apply_GS": True}))
+    as_peft(tmp_path, apply_GS=True)
     with pytest.raises(graft.GraftError, match="apply_GS = True, and Graft has False only"):
         graft.load_adapter(tiny.llama(), tmp_path)

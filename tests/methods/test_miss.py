@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 import graft
 from graft.methods.deltas.miss import MiSSDelta
 from tests import tiny
-from tests.methods.small import layer, randomise
+from tests.methods.small import as_peft, layer, randomise
 
 
 def miss(model: nn.Module, **options: float) -> MiSSDelta:
@@ -78,10 +77,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 def test_trained_biases_of_peft_are_refused(tmp_path: Path) -> None:
     graft.attach(tiny.llama(), "miss", rank=5).save(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "graft"}
-    file.write_text(json.dumps(config))
+    as_peft(tmp_path)
     assert graft.load_adapter(tiny.llama(), tmp_path).method == "miss"
-    file.write_text(json.dumps({**config, "bias": "all"}))
+    as_peft(tmp_path, bias="all")
     with pytest.raises(graft.GraftError, match="bias = 'all', and Graft has 'none' only"):
         graft.load_adapter(tiny.llama(), tmp_path)

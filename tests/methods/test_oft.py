@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.oft import OFTDelta
 from tests import tiny
-from tests.methods.small import conv, layer, randomise
+from tests.methods.small import as_peft, conv, layer, randomise
 
 quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's
 
@@ -123,9 +122,7 @@ def test_a_convolution_is_what_peft_merges(tmp_path: Path) -> None:
 )
 def test_what_peft_has_beyond_it_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     graft.attach(tiny.llama(), "oft", block=5).save(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "graft"}
-    file.write_text(json.dumps({**config, **change}))
+    as_peft(tmp_path, **change)
     with pytest.raises(graft.GraftError, match=message):
         graft.load_adapter(tiny.llama(), tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import graft
 from graft.methods.deltas.vblora import Bank, VBLoRADelta
 from tests import tiny
-from tests.methods.small import Net, layer
+from tests.methods.small import Net, as_peft, layer
 
 
 def factors(delta: VBLoRADelta, bank: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -100,8 +99,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(graft.GraftError, match="top is 5"):
         graft.attach(layer(), "vblora", vectors=4, top=5)
     graft.attach(tiny.llama(), "vblora", length=4).save(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "graft"}
-    file.write_text(json.dumps({**config, "save_only_topk_weights": True}))
+    as_peft(tmp_path, save_only_topk_weights=True)
     with pytest.raises(graft.GraftError, match="save_only_topk_weights = True, and Graft has False only"):
         graft.load_adapter(tiny.llama(), tmp_path)

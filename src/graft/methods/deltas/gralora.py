@@ -26,6 +26,7 @@ from graft.core.storage import patterns
 from graft.core.target import Target
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN, Factored, check_rank, uniform
+from graft.numerics.orthogonal import block_diagonal
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -52,7 +53,7 @@ class GraLoRADelta(Factored):
 
     def product(self) -> tuple[Tensor, Tensor]:
         k, rank, width = self.B.shape
-        A = torch.block_diag(*self.A.mT)  # type: ignore[no-untyped-call]  # row (i, j, t)
+        A = block_diagonal(self.A.mT)  # row (i, j, t)
         ranks = self.B.reshape(k, k, rank // k, width) * self._layout["scale"]
         B = torch.einsum("jito,jl->joilt", ranks, torch.eye(k).to(ranks)).reshape(k * width, k * rank)  # column (i, l, t), zero but for l = j
         if not self._layout["hybrid_rank"]:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.errors import GraftError
 from graft.core.storage import patterns
 from graft.core.target import LINEAR_KINDS, Target
 from graft.kernels.lora import lora_linear
 from graft.methods.families.additive import Additive
 from graft.methods.families.factored import PLAIN, check_rank, uniform
 from graft.methods.families.peft_lora import by_pattern
+from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -99,8 +99,7 @@ class LoHa(DeltaConfig):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        if config.get("use_effective_conv2d"):
-            raise GraftError("the PEFT adapter uses use_effective_conv2d=True, which Graft does not have; train it in PEFT without.")
+        refuse_others(config, use_effective_conv2d=False)
         layouts = {}
         for name, tensors in shapes.items():
             rank = tensors["hada_w1_b"][0]

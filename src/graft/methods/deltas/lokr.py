@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.errors import GraftError
 from graft.core.storage import patterns
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.additive import Additive
+from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN, uniform
 from graft.methods.families.peft_lora import by_pattern
+from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -101,7 +102,7 @@ class LoKr(DeltaConfig):
         """The left part of a side (PEFT's rule)."""
         if self.factor and size % self.factor == 0:
             return self.factor
-        return max(d for d in range(1, min(self.factor or size, math.isqrt(size)) + 1) if size % d == 0)
+        return largest_divisor(size, min(self.factor or size, math.isqrt(size)))
 
     def layout(self, out_features: int, channels: int) -> Layout:
         a, c = self.split(out_features), self.split(channels)
@@ -133,8 +134,7 @@ class LoKr(DeltaConfig):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        if config.get("use_effective_conv2d"):
-            raise GraftError("the PEFT adapter uses use_effective_conv2d=True, which Graft does not have; train it in PEFT without.")
+        refuse_others(config, use_effective_conv2d=False)
         factor = None if config["decompose_factor"] == -1 else config["decompose_factor"]
         own, layouts = cls(rank=config["r"], alpha=config["alpha"], factor=factor, both=config["decompose_both"]), {}
         for name, tensors in shapes.items():

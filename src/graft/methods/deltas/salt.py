@@ -22,6 +22,7 @@ from graft.core.callback import Callback
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout
+from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import Factored, cheaper_in_factors, check_rank
 from graft.methods.families.rebuilt import Rebuilt, save_bases
@@ -86,6 +87,11 @@ class SALT(DeltaConfig):
     save_bases: bool = save_bases()
 
     kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.squared and not self.penalty:
+            raise GraftError("SALT.squared is false, but there is no penalty whose norms it could mean; give a penalty above 0, or leave it out.")
 
     def callbacks(self) -> list[Callback]:
         return [Penalty(self)] if self.penalty else []

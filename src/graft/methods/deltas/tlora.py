@@ -25,6 +25,7 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
+from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import check_rank
 from graft.methods.families.multiplicative import InputMap
 
@@ -94,7 +95,7 @@ def factors(size: int, order: int) -> list[int]:
     """``size`` as a product of ``order`` numbers: the largest divisor that is at most an equal share, then the same for the rest."""
     if order == 1:
         return [size]
-    first = next(n for n in range(int(size ** (1 / order) + 1e-9), 0, -1) if size % n == 0)
+    first = largest_divisor(size, int(size ** (1 / order) + 1e-9))
     return [first, *factors(size // first, order - 1)]
 
 

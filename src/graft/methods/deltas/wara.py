@@ -76,7 +76,7 @@ class WaRA(DeltaConfig):
     def shared(self, targets: Sequence[Target], seed: int) -> Bases:
         """The transform of every size there is, cut to the size."""
         sizes = sorted({size for target in targets for size in target.shape})
-        return Bases(False, **{f"T{size}": wavelet_transform(2 * half(size), self.wavelet)[:, :size] for size in sizes})
+        return Bases(False, **{f"T{size}": wavelet_transform(2 * half(size), self.wavelet)[:, :size].to(targets[0].dtype) for size in sizes})
 
     def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank

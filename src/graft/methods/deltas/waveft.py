@@ -29,6 +29,7 @@ from graft.core.storage import patterns
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.factored import PLAIN
+from graft.methods.families.wavelets import pywavelets
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -77,11 +78,7 @@ class WaveFTDelta(Additive):
 
 def taps(wavelet: str) -> tuple[Tensor, Tensor]:
     """The low-pass and the high-pass filter that synthesise, fp64."""
-    try:
-        import pywt
-    except ImportError:
-        raise GraftError("wavelets need the package PyWavelets; run: pip install 'graft[wavelets]'") from None
-    own = pywt.Wavelet(wavelet)
+    own = pywavelets().Wavelet(wavelet)
     return torch.tensor(own.rec_lo, dtype=torch.float64), torch.tensor(own.rec_hi, dtype=torch.float64)
 
 

@@ -1,6 +1,8 @@
-"""Wavelet transforms of the sides of a weight."""
+"""Wavelets, by PyWavelets, which is an extra."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 from torch import Tensor
 
@@ -8,12 +10,17 @@ from graft.core.errors import GraftError
 from graft.numerics.transforms import wavelet_matrix
 
 
-def wavelet_transform(size: int, wavelet: str, level: int = 1) -> Tensor:
-    """The orthonormal transform ``[size, size]`` in fp64, approximation rows first; raises :class:`GraftError` without PyWavelets or for sizes
-    that cannot be halved ``level`` times."""
+def pywavelets() -> ModuleType:
+    """The package; raises :class:`GraftError` where it is missing."""
     try:
-        return wavelet_matrix(size, wavelet, level)
+        import pywt
     except ImportError:
         raise GraftError("wavelets need the package PyWavelets; run: pip install 'graft[wavelets]'") from None
-    except ValueError as error:
-        raise GraftError(f"the wavelet {wavelet!r} at level {level} does not fit: {error}") from None
+    module: ModuleType = pywt
+    return module
+
+
+def wavelet_transform(size: int, wavelet: str) -> Tensor:
+    """The orthonormal one-level transform ``[size, size]`` of an even size in fp64, approximation rows first."""
+    pywavelets()
+    return wavelet_matrix(size, wavelet, 1)
