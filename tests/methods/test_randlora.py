@@ -27,7 +27,7 @@ def one(model: nn.Module, seed: int = 1, **options: object) -> RandLoRADelta:
 
 def by_terms(delta: RandLoRADelta, lambda_: Tensor, gamma: Tensor) -> Tensor:
     """dW, one random direction after the other: column q of the flattened B, row q of the flattened A, paired as PEFT does."""
-    bases = delta.bases
+    bases = delta.shared
     (r, n), m, M = lambda_.shape, min(delta.target.shape), max(delta.target.shape)
     total = lambda_.new_zeros(M, m)
     for q in range(r * n):
@@ -91,8 +91,8 @@ def test_all_layers_read_one_pair_of_bases() -> None:
     """The same storage everywhere, sized for the largest target, frozen, and no part of what is trained."""
     model = tiny.llama()
     adapter = graft.attach(model, "randlora", rank=5)
-    assert len({id(delta.bases) for delta in adapter.deltas.values()}) == 1
-    pointers = {(b.randlora_A.data_ptr(), b.randlora_B.data_ptr()) for b in (d.bases for d in adapter.deltas.values())}
+    assert len({id(delta.shared) for delta in adapter.deltas.values()}) == 1
+    pointers = {(b.randlora_A.data_ptr(), b.randlora_B.data_ptr()) for b in (d.shared for d in adapter.deltas.values())}
     assert len(pointers) == 1
     bases = adapter.shared
     assert bases.randlora_A.shape == (5, 1, 52)  # as PEFT: over all targets the largest out and the largest in are both the MLP's 52

@@ -250,7 +250,7 @@ def conditions(records: Sequence[Record], command: str) -> list[tuple[str, str]]
         ("seeds", ", ".join(map(str, sorted({r["seed"] for r in records if r["seed"] is not None})))),
         ("answers", first["rule"] or all_of(lambda r: r["rule"])),
         ("code (sha256)", all_of(lambda r: r["code"][:12])),
-        ("versions", all_of(lambda r: ", ".join(f"{name} {number}" for name, number in r["versions"].items()))),
+        ("versions", all_of(lambda r: ", ".join(f"{name} {number}" for name, number in sorted(r["versions"].items())))),
         ("machine", all_of(lambda r: ", ".join(f"{value} {key}" if key == "threads" else str(value) for key, value in (r["machine"] or {}).items()))),
         ("runs at a time", all_of(lambda r: str(r["jobs"]))),
     ]  # fmt: skip

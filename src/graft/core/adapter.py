@@ -104,6 +104,11 @@ class Adapter:
         return list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
 
     @property
+    def layouts(self) -> dict[str, Layout]:
+        """The structure of the method's delta at every target, without the modules that are trained whole."""
+        return {name: delta.layout for name, delta in self.deltas.items() if name not in self.whole_targets}
+
+    @property
     def parameter_count(self) -> int:
         """How many numbers the adapter has learned or can learn."""
         return sum(p.numel() for p in self._all_parameters())
@@ -367,7 +372,9 @@ def build(
     if name in adapters_of(model):
         raise GraftError(f"an adapter named {name!r} is attached already; choose another name or detach it first.")
     shared = recipe.delta.shared(targets, seed)
-    deltas = {target.name: recipe.delta.build(target, layouts[target.name], shared, _generator(seed, target.name)) for target in targets}
+    deltas = {
+        target.name: recipe.delta.delta(target, layouts[target.name], recipe.delta, shared, _generator(seed, target.name)) for target in targets
+    }
     heads = _whole_modules(model, modules_to_save, set(deltas))
     adapter = Adapter(name, model, recipe, {**deltas, **heads}, shared, seed)
     adapter.modules_to_save, adapter.whole_targets = tuple(modules_to_save), frozenset(heads)
@@ -409,7 +416,7 @@ def _whole_modules(model: nn.Module, names: Iterable[str], taken: set[str]) -> d
             raise GraftError(f"{name} is a target of the method and in modules_to_save; leave it out of one of them.")
     whole = catalogue["full"].delta()
     copies = whole.shared(list(inside.values()), 0)
-    return {name: whole.build(target, {}, copies, torch.Generator()) for name, target in inside.items()}
+    return {name: whole.delta(target, {}, whole, copies, torch.Generator()) for name, target in inside.items()}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.config import Config
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 
 if TYPE_CHECKING:
@@ -32,15 +33,6 @@ class Pair(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
-class PeftFormat:
-    """What HuggingFace PEFT calls a method: its type, its tensor names for ours, and the config keys that we read and write."""
-
-    type: str
-    keys: Mapping[str, str]
-    options: tuple[str, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Part(Config):
     """One coordinate of a method (a delta, an init, an allocation, an optimiser) with its hyper-parameters."""
@@ -56,23 +48,28 @@ class Part(Config):
 class Delta(nn.Module):
     """What is learned at one target; see the module's docstring.
 
-    Subclasses define :meth:`weight`, and may define a faster :meth:`forward`, :meth:`entries` and :meth:`pair`.
+    Subclasses define :meth:`make` and :meth:`weight`, and may define a faster :meth:`forward`, :meth:`entries` and :meth:`pair`. They say
+    what their ``config`` and ``shared`` are, the latter being what :meth:`DeltaConfig.shared` made for all deltas of the adapter.
     """
 
+    config: DeltaConfig
+    shared: nn.Module | None
     not_saved: frozenset[str] = frozenset()  # names of buffers that are made again, not stored
 
-    def __init__(self, target: Target):
+    def __init__(self, target: Target, layout: Layout, config: DeltaConfig, shared: nn.Module | None, generator: torch.Generator):
         super().__init__()
-        self.target = target
+        self.target, self.config, self._layout = target, config, layout
+        self.__dict__["shared"] = shared  # not as a child: saving and moving it is the adapter's
+        self.make(layout, generator)
 
-    def refer(self, **modules: nn.Module) -> None:
-        """Keeps ``modules`` that belong to the adapter as attributes, without owning them: saving and moving them is the adapter's."""
-        self.__dict__.update(modules)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        """Makes parameters and buffers as ``layout`` says. Everything random comes from ``generator`` (CPU, fp32)."""
+        raise NotImplementedError
 
     @property
     def layout(self) -> Layout:
-        """The structure of this delta as JSON; :meth:`DeltaConfig.build` makes the same structure from it."""
-        return {}
+        """The structure of this delta as JSON, from which the same structure is made again."""
+        return dict(self._layout)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         """The adapted weight ``W' [out, in]`` and bias ``b' [out]``, differentiable, in at least fp32.
@@ -128,6 +125,7 @@ class DeltaConfig(Part):
 
     kinds: ClassVar[tuple[str, ...]] = (*LINEAR_KINDS, "embedding")
     default_targets: ClassVar[str] = "linear"
+    delta: ClassVar[type[Delta]]
     peft: ClassVar[PeftFormat | None] = None
 
     def shared(self, targets: Sequence[Target], seed: int) -> nn.Module | None:
@@ -141,10 +139,6 @@ class DeltaConfig(Part):
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Calibration | None) -> dict[str, Layout]:
         """The structure of every delta, for methods that decide over all targets together."""
         return {target.name: self.layout_at(target) for target in targets}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> Delta:
-        """The delta for one target. Everything random comes from ``generator`` (CPU, fp32)."""
-        raise NotImplementedError
 
     @property
     def keeps_base(self) -> bool:
@@ -175,15 +169,19 @@ class DeltaConfig(Part):
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
         """The method's keys of PEFT's ``adapter_config.json``."""
-        raise NotImplementedError
+        return self.peft.write(self.settings(), adapter.layouts) if self.peft else {}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
-        """Config and layouts from a PEFT config and each target's tensor shapes; None where the file is another method's.
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        """The hyper-parameters from a PEFT config and each target's tensor shapes; None where the file is another method's.
 
         ``shapes`` maps target name -> PEFT's tensor name -> shape.
         """
-        return None
+        return cls.parse(cls.peft.read(config)) if cls.peft else None
+
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        """The structure of the delta that a PEFT file holds for a target; ``shapes`` as for :meth:`from_peft`."""
+        return {**self.layout_at(target), **(self.peft.layout(target.name, config, shapes) if self.peft else {})}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +26,10 @@ from torch import Tensor, nn
 
 from graft.core.adapter import Adapter, build, detach
 from graft.core.catalogue import Recipe, catalogue, compose
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError, nearest
 from graft.core.hashing import content_hash, fingerprint, is_sharded, is_whole
+from graft.core.peft import PeftFormat
 from graft.core.target import Target, all_targets, kind_of
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -169,9 +169,8 @@ def adapter_config(adapter: Adapter, content: str) -> dict[str, Any]:
         "seed": adapter.seed,
         "step": adapter.step,
         "targets": {
-            name: {"kind": delta.target.kind, "shape": list(delta.target.shape), **delta.layout}
-            for name, delta in adapter.deltas.items()
-            if name not in adapter.whole_targets
+            name: {"kind": adapter.deltas[name].target.kind, "shape": list(adapter.deltas[name].target.shape), **layout}
+            for name, layout in adapter.layouts.items()
         },
         "modules_to_save": list(heads),
         "base": base,
@@ -231,12 +230,6 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(leaves) if meant == set(names) else sorted(names)
 
 
-def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A value for most targets, and those that differ: PEFT's ``r`` and ``rank_pattern``."""
-    most = Counter(values.values()).most_common(1)[0][0]
-    return most, {name: value for name, value in values.items() if value != most}
-
-
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +262,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         _check_keys(file, ours, _GRAFT_KEYS, required=True)
         if ours["format"] != FORMAT:
             raise GraftError(f"{file} has format {ours['format']!r}, and this version of Graft reads {FORMAT}; update Graft.")
-    known = {key for row in catalogue if row.delta.peft for key in row.delta.peft.options}
+    known = {key for row in catalogue if row.delta.peft for key in row.delta.peft.known}
     _check_keys(file, config, ("graft", *_PEFT_COMMON, *_PEFT_OFF, *known))
     for key in _PEFT_OFF:
         if config.get(key):
@@ -321,8 +314,10 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, t
             # PEFT names heads that the model may not have ("classifier", "score"): those in the file count
             heads = [head for head in config.get("modules_to_save") or [] if any(f".{head}." in f".{key}" for key in tensors)]
             tensors = _without_base(model, tensors)
-            recipe, layouts = _peft_parts(config, tensors, heads, path)
-            adapter = build(model, name, recipe, _targets(model, layouts, path), layouts, heads, 0)
+            delta, shapes = _peft_parts(config, tensors, heads, path)
+            targets = _targets(model, shapes, path)
+            layouts = {target.name: delta.layout_from_peft(target, config, shapes[target.name]) for target in targets}
+            adapter = build(model, name, compose(delta, []), targets, layouts, heads, 0)
     try:
         _fill(adapter, tensors, path)
         if ours is not None:
@@ -369,15 +364,15 @@ def rebuild(model: nn.Module, config: Mapping[str, Any], name: str, path: Path) 
     return adapter
 
 
-def _targets(model: nn.Module, layouts: Mapping[str, Layout], path: Path) -> list[Target]:
-    """The targets of ``layouts`` in the model's order, the order that :func:`attach` builds in."""
+def _targets(model: nn.Module, names: Collection[str], path: Path) -> list[Target]:
+    """The targets of these names in the model's order, the order that :func:`attach` builds in."""
     targets = {target.name: target for target in all_targets(model)}
-    if not layouts:
+    if not names:
         raise GraftError(f"{path} adapts no target, so it would change nothing; save the adapter again.")
-    for name in layouts:
+    for name in names:
         if name not in targets:
             raise GraftError(f"{path} adapts {name!r}, which {type(model).__name__} does not have; {nearest(name, targets)}")
-    return [target for name, target in targets.items() if name in layouts]
+    return [target for name, target in targets.items() if name in names]
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Any], heads: Iterable[str], path: Path) -> None:
@@ -408,8 +403,10 @@ def _own_parts(ours: Mapping[str, Any], path: Path) -> tuple[Recipe, dict[str, L
     return compose(deltas[0], [part for part in parts if part is not deltas[0]]), layouts, int(ours["seed"])
 
 
-def _peft_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], heads: Iterable[str], path: Path) -> tuple[Recipe, dict[str, Layout]]:
-    """The method, its settings and layouts from a folder that PEFT wrote."""
+def _peft_parts(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], heads: Iterable[str], path: Path
+) -> tuple[DeltaConfig, dict[str, dict[str, tuple[int, ...]]]]:
+    """The hyper-parameters from a folder that PEFT wrote, and the shapes of its tensors by target and PEFT's name."""
     rows = [row for row in catalogue if row.delta.peft and row.delta.peft.type == config["peft_type"]]
     if not rows:
         known = {row.delta.peft.type for row in catalogue if row.delta.peft}
@@ -425,9 +422,9 @@ def _peft_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], heads:
             target = key.removeprefix(PREFIX).removesuffix(f".{suffix}")
             if suffix and not any(f".{head}." in f".{target}." for head in heads):
                 shapes.setdefault(target, {})[suffix] = tuple(value.shape)
-        parts = row.delta.from_peft(config, shapes)
-        if parts is not None:
-            return compose(parts[0], []), parts[1]
+        delta = row.delta.from_peft(config, shapes)
+        if delta is not None:
+            return delta, shapes
     raise GraftError(f"{path} uses options of PEFT's {config['peft_type']} that Graft does not have.")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from graft.core.callback import Callback, State
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
-from graft.core.storage import patterns
+from graft.core.peft import PeftFormat, most_and_others
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import Factored, check_rank
 
@@ -35,18 +35,13 @@ if TYPE_CHECKING:
 class AdaLoRADelta(Factored):
     """A [r, in], E [r, 1], B [out, r]."""
 
-    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
-        super().__init__(target)
-        check_rank(layout["rank"], target, "initial_rank")
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        check_rank(layout["rank"], self.target, "initial_rank")
         self.scale = float(layout["scale"])
-        out_features, in_features = target.shape
+        (out_features, in_features), dtype = self.target.shape, self.target.dtype
         A, B = (0.02 * torch.randn(shape, generator=generator) for shape in ((layout["rank"], in_features), (out_features, layout["rank"])))
-        self.A, self.B = nn.Parameter(A.to(target.dtype)), nn.Parameter(B.to(target.dtype))
-        self.E = nn.Parameter(torch.zeros(layout["rank"], 1, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.E), "scale": self.scale}
+        self.A, self.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
+        self.E = nn.Parameter(torch.zeros(layout["rank"], 1, dtype=dtype))
 
     def product(self) -> tuple[Tensor, Tensor]:
         return self.B * (self.E[:, 0] * self.scale), self.A
@@ -67,10 +62,12 @@ class AdaLoRA(DeltaConfig):
     final: float = option(0.4, "share of the updates after the last cut", paper="0.3..0.5", low=0, high=1)
     interval: int = option(10, "updates between two cuts", unit="updates", paper="10..100", low=1)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    kinds = LINEAR_KINDS
+    delta = AdaLoRADelta
+    peft = PeftFormat(
         "ADALORA", {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
-        ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern", "lora_alpha"),
+        {"target_r": "rank", "init_r": "initial_rank", "lora_alpha": "alpha"},
+        others=("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -87,25 +84,21 @@ class AdaLoRA(DeltaConfig):
         alpha = 2.0 * self.initial_rank if self.alpha is None else self.alpha
         return {"rank": self.initial_rank, "scale": alpha / (self.initial_rank + 1e-5)}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> AdaLoRADelta:
-        delta = AdaLoRADelta(target, layout, generator)
-        delta.dropout = self.dropout
-        return delta
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.initial_rank * (out_features + in_features + 1)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        alpha, _ = patterns({n: d.scale * (len(d.E) + 1e-5) for n, d in adapter.deltas.items() if isinstance(d, AdaLoRADelta)})
+        alpha, _ = most_and_others({name: layout["scale"] * (layout["rank"] + 1e-5) for name, layout in adapter.layouts.items()})
         schedule = {"beta1": self.beta1, "beta2": self.beta2, "deltaT": self.interval, "total_step": max(adapter.step, 1)}
-        ranks = {"target_r": self.rank, "init_r": self.initial_rank}
-        return {**ranks, **schedule, "lora_alpha": alpha, "orth_reg_weight": self.orthogonality, "lora_dropout": self.dropout}
+        return {**super().to_peft(adapter), "lora_alpha": alpha, **schedule, "orth_reg_weight": self.orthogonality, "lora_dropout": self.dropout}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[AdaLoRA, dict[str, Layout]]:
-        ranks = {name: tensors["lora_E"][0] for name, tensors in shapes.items()}
-        layouts = {name: {"rank": rank, "scale": config["lora_alpha"] / (rank + 1e-5)} for name, rank in ranks.items()}
-        return cls(rank=min(config["target_r"], config["init_r"]), initial_rank=config["init_r"], alpha=float(config["lora_alpha"])), layouts
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        return super().from_peft({**config, "target_r": min(config["target_r"], config["init_r"])}, shapes)
+
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        rank = shapes["lora_E"][0]
+        return {"rank": rank, "scale": config["lora_alpha"] / (rank + 1e-5)}
 
 
 class Budget(Callback):

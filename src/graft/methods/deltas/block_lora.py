@@ -12,7 +12,7 @@ compare with that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,12 @@ from graft.methods.families.factored import Factored, check_rank, uniform
 class BlockLoRADelta(Factored):
     """``A`` [q, in / copies] and ``B`` [n, out, q]: n arms, or one arm on the sum of input pieces."""
 
-    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
-        super().__init__(target)
-        self.scale, self.copies = float(layout["scale"]), layout["copies"]
-        arms, rank, (out_features, in_features) = layout["arms"], layout["rank"], target.shape
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, (out_features, in_features), arms, rank = self.target, self.target.shape, layout["arms"], layout["rank"]
         check_rank(rank, target)
+        self.scale, self.copies = float(layout["scale"]), layout["copies"]
         self.A = nn.Parameter(uniform(rank, in_features // self.copies, generator, target.dtype))
         self.B = nn.Parameter(torch.zeros(arms, out_features, rank, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.A), "arms": len(self.B), "copies": self.copies, "scale": self.scale}
 
     def product(self) -> tuple[Tensor, Tensor]:
         return self.B.sum(0) * self.scale, self.A.repeat(1, self.copies)
@@ -54,7 +49,8 @@ class BlockLoRA(DeltaConfig):
     along: Literal["rank", "input"] = option("rank", "what is split into blocks")
     alpha: float | None = option(None, "numerator of the scale alpha / r; none: twice the rank", paper="r/2", low=1e-6)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = BlockLoRADelta
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +66,6 @@ class BlockLoRA(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank
         return {**dict(zip(("rank", "arms", "copies"), self.split(target.shape[1]), strict=True)), "scale": scale}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> BlockLoRADelta:
-        return BlockLoRADelta(target, layout, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         rank, arms, copies = self.split(in_features)

@@ -13,37 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import nearest_divisor
 from graft.methods.families.multiplicative import InputMap
-from graft.methods.families.peft_options import refuse_others
 from graft.numerics.orthogonal import cayley, times_blocks
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 
 class BOFTDelta(InputMap):
     """``Z`` [m, k, b, b] and ``gains`` [out]."""
 
-    def __init__(self, target: Target, block: int, factors: int):
-        super().__init__(target)
-        out_features, in_features = target.shape
-        self.Z = nn.Parameter(torch.zeros(factors, in_features // block, block, block, dtype=target.dtype))
-        self.gains = nn.Parameter(torch.ones(out_features, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"block": self.Z.shape[-1], "factors": len(self.Z)}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        (out_features, in_features), block = self.target.shape, layout["block"]
+        self.Z = nn.Parameter(torch.zeros(layout["factors"], in_features // block, block, block, dtype=self.target.dtype))
+        self.gains = nn.Parameter(torch.ones(out_features, dtype=self.target.dtype))
 
     def times(self, rows: Tensor, transposed: bool = False) -> Tensor:
         rotations = cayley((self.Z - self.Z.mT) / 2)
@@ -95,10 +87,13 @@ class BOFT(DeltaConfig):
     block: int = option(8, "size b of the blocks; at each target the nearest (even if factors > 1) that fits its inputs", paper="2..8", low=2)
     factors: int = option(2, "butterfly factors m; at each target as many as its inputs have halves for", paper="1..6", low=1, high=16)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "BOFT", {"Z": "boft_R", "gains": "boft_s"}, ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout")
-    )
+    kinds = LINEAR_KINDS
+    delta = BOFTDelta
+    peft = PeftFormat(
+        "BOFT", {"Z": "boft_R", "gains": "boft_s"}, {"boft_block_size": "block", "boft_n_butterfly_factor": "factors"},
+        {"block": ("boft_R", 3), "factors": ("boft_R", 0)}, fixed={"bias": "none"},
+        unread={"boft_block_num": 0, "boft_dropout": 0.0},  # the dropout of whole blocks plays no part after training
+    )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         block, factors = structure(target.shape[1], self.block, self.factors)
@@ -106,24 +101,17 @@ class BOFT(DeltaConfig):
             raise GraftError(f"{target} has one input, and a rotation takes two; narrow the targets.")
         return {"block": block, "factors": factors}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> BOFTDelta:
-        return BOFTDelta(target, layout["block"], layout["factors"])
-
     def parameters(self, out_features: int, in_features: int) -> int:
         block, factors = structure(in_features, self.block, self.factors)
         return factors * in_features * block + out_features
 
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {"boft_block_size": self.block, "boft_block_num": 0, "boft_n_butterfly_factor": self.factors, "boft_dropout": 0.0, "bias": "none"}
-
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        refuse_others(config, bias="none")  # the dropout of whole blocks plays no part any more
-        sizes = {name: (tensors["boft_R"][3], tensors["boft_R"][0]) for name, tensors in shapes.items()}
-        if len(set(sizes.values())) > 1:
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        sizes = {tuple(tensors["boft_R"])[::3] for tensors in shapes.values()}
+        if len(sizes) > 1:
             raise GraftError("the PEFT adapter has blocks of several sizes (boft_block_num); give PEFT boft_block_size instead.")
-        block, factors = next(iter(sizes.values()))  # without CUDA there is one factor, whatever the config says
-        return cls(block=block, factors=factors), {name: {"block": block, "factors": factors} for name in shapes}
+        ((factors, block),) = sizes  # without CUDA there is one factor, whatever the config says
+        return super().from_peft({**config, "boft_block_size": block, "boft_n_butterfly_factor": factors}, shapes)
 
 
 catalogue.register(

@@ -13,34 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.blocks import largest_divisor
-from graft.methods.families.peft_options import refuse_others
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 
 class BoneDelta(Additive):
     """``D`` [blocks, r, r]."""
 
-    def __init__(self, target: Target, block: int, row: bool):
-        super().__init__(target)
-        self.row = row
-        self.D = nn.Parameter(torch.zeros(target.shape[row] // block, block, block, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"block": self.D.shape[1], "row": self.row}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        block, self.row = layout["block"], layout["row"]
+        self.D = nn.Parameter(torch.zeros(self.target.shape[self.row] // block, block, block, dtype=self.target.dtype))
 
     def update(self) -> Tensor:
         block, (out_features, in_features) = self.D.shape[1], self.target.shape
@@ -56,8 +48,12 @@ class Bone(DeltaConfig):
     block: int = option(64, "size r of the blocks; at each target the largest that divides both of its sides", paper="64", low=1)
     share: Literal["col", "row"] = option("col", "blocks that have one D: all inputs of some outputs, or all outputs of some inputs")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat("MISS", {"D": "miss_block"}, ("mini_r", "miss_dropout"))
+    kinds = LINEAR_KINDS
+    delta = BoneDelta
+    peft = PeftFormat(
+        "MISS", {"D": "miss_block"}, {"r": "block"}, {"block": ("miss_block", 1)}, fixed={"bias": "none", "init_weights": "bat"},
+        unread={"mini_r": 1, "miss_dropout": 0.0},
+    )  # fmt: skip
 
     def peft_format(self) -> PeftFormat | None:
         return self.peft if self.share == "col" else None
@@ -65,23 +61,13 @@ class Bone(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         return {"block": largest_divisor(math.gcd(*target.shape), self.block), "row": self.share == "row"}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> BoneDelta:
-        return BoneDelta(target, layout["block"], layout["row"])
-
     def parameters(self, out_features: int, in_features: int) -> int:
         side = out_features if self.share == "col" else in_features
         return side * largest_divisor(math.gcd(out_features, in_features), self.block)
 
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {"r": self.block, "mini_r": 1, "init_weights": "bat", "miss_dropout": 0.0, "bias": "none"}
-
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
-        if config["init_weights"] != "bat":
-            return None
-        refuse_others(config, bias="none")  # its dropout is not used with "bat"
-        own = cls(block=config["r"])
-        return own, {name: {"block": own.block, "row": False} for name in shapes}
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        return super().from_peft(config, shapes) if config["init_weights"] == "bat" else None
 
 
 catalogue.register(

@@ -9,38 +9,28 @@ w at random (Xavier), which changes the function a little; w = 0 trains as well,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.storage import patterns
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN
 from graft.numerics.circulant import circulant, circulant_linear
 
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
-
 
 class C3ADelta(Additive):
     """``w`` [out / b, in / b, b]."""
 
-    def __init__(self, target: Target, block: int):
-        super().__init__(target)
-        out_features, in_features = target.shape
-        self.w = nn.Parameter(torch.zeros(out_features // block, in_features // block, block, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"block": self.w.shape[2]}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        (out_features, in_features), block = self.target.shape, layout["block"]
+        self.w = nn.Parameter(torch.zeros(out_features // block, in_features // block, block, dtype=self.target.dtype))
 
     def kernels(self) -> Tensor:
         """The first columns of the blocks: w backwards, its first entry in place."""
@@ -63,8 +53,9 @@ class C3A(DeltaConfig):
 
     block: int = option(256, "size b of a block; where it does not divide out and in, the largest divisor of both below it", paper="128..768", low=1)
 
-    kinds: ClassVar[tuple[str, ...]] = PLAIN
-    peft: ClassVar[PeftFormat | None] = PeftFormat("C3A", {"w": "c3a_kernel"}, ("block_size", "block_size_pattern"))
+    kinds = PLAIN
+    delta = C3ADelta
+    peft = PeftFormat("C3A", {"w": "c3a_kernel"}, {"block_size": "block"}, {"block": ("c3a_kernel", 2)}, {"block_size_pattern": "block"})
 
     def fitting(self, out_features: int, in_features: int) -> int:
         """The size of a block at a target of this shape."""
@@ -73,19 +64,8 @@ class C3A(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         return {"block": self.fitting(*target.shape)}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> C3ADelta:
-        return C3ADelta(target, layout["block"])
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return out_features * in_features // self.fitting(out_features, in_features)
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        block, pattern = patterns({name: delta.layout["block"] for name, delta in adapter.deltas.items() if isinstance(delta, C3ADelta)})
-        return {"block_size": block, "block_size_pattern": pattern}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        return cls(block=config["block_size"]), {name: {"block": tensors["c3a_kernel"][2]} for name, tensors in shapes.items()}
 
 
 catalogue.register(

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
@@ -30,12 +30,14 @@ class CompLoRADelta(LowRank):
     """LoRA's A and B, and the protected directions ``U`` [out, k] and ``V`` [k, in]; of no rows where a side is not protected."""
 
     not_saved = frozenset({"U", "V"})
+    config: CompLoRA
     U: Tensor
     V: Tensor
 
-    def protect(self, count: int | None, energy: float, side: str) -> None:
-        """Protects ``count`` directions; None: as many as hold the share ``energy``."""
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        super().make(layout, generator)
         U, S, V = truncated_svd(self.target.weight().to(self.target.dtype), min(self.target.shape))
+        count, energy, side = layout["protected"], self.config.energy, self.config.side
         if count is None:
             held = S.square().cumsum(0)
             count = min(int((held < energy * held[-1]).sum()) + (energy > 0), len(S) - self.rank)
@@ -61,17 +63,11 @@ class CompLoRA(LoRA):
     energy: float = option(0.9, "share of the squared singular values whose directions are protected", low=0, high=1)
     side: Literal["both", "left", "right"] = option("both", "protected directions: of outputs (left), inputs (right) or both")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    delta: ClassVar[type[LowRank]] = CompLoRADelta
+    kinds = LINEAR_KINDS
+    delta = CompLoRADelta
 
     def layout_at(self, target: Target) -> Layout:
-        return {**super().layout_at(target), "protected": None}  # build() looks at W once for both
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LowRank:
-        delta = super().build(target, layout, shared, generator)
-        assert isinstance(delta, CompLoRADelta)
-        delta.protect(layout["protected"], self.energy, self.side)
-        return delta
+        return {**super().layout_at(target), "protected": None}  # as many as hold the energy; make() looks at W once for both
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:

@@ -11,22 +11,17 @@ learning rate. w is in the file: it is what the adapter was trained with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.storage import patterns
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import Factored, check_rank, uniform
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 LEAST = 1e-4  # a norm that is divided by is at least this
 
@@ -34,20 +29,16 @@ LEAST = 1e-4  # a norm that is divided by is at least this
 class DeLoRADelta(Factored):
     """A [r, in], B [out, r] and the strength [1]; ``norms`` [in] of W's columns."""
 
+    config: DeLoRA
     norms: Tensor
 
-    def __init__(self, target: Target, rank: int, strength: float, generator: torch.Generator):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, (out_features, in_features), rank = self.target, self.target.shape, layout["rank"]
         check_rank(rank, target)
-        out_features, in_features = target.shape
         self.A = nn.Parameter(uniform(rank, in_features, generator, target.dtype))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=target.dtype))
-        self.strength = nn.Parameter(torch.full((1,), strength, dtype=target.dtype))
+        self.strength = nn.Parameter(torch.full((1,), self.config.strength, dtype=target.dtype))
         self.register_buffer("norms", torch.linalg.vector_norm(target.weight(), dim=0, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.A)}
 
     def product(self) -> tuple[Tensor, Tensor]:
         lengths = self.A.norm(dim=1).clamp(min=LEAST) * self.B.norm(dim=0).clamp(min=LEAST)
@@ -61,29 +52,19 @@ class DeLoRA(DeltaConfig):
     rank: int = option(8, "rank r of the update", paper="4..32", low=1)
     strength: float = option(15.0, "what lambda, the bound of the update relative to W's columns, begins at", paper="15 (peft)", low=1e-9)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    kinds = LINEAR_KINDS
+    delta = DeLoRADelta
+    peft = PeftFormat(
         "DELORA", {"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "norms": "delora_w_norm"},
-        ("r", "delora_lambda", "module_dropout", "rank_pattern", "lambda_pattern"),
+        {"r": "rank", "delora_lambda": "strength"}, {"rank": ("delora_A", 0)}, {"rank_pattern": "rank"},
+        unread={"lambda_pattern": {}, "module_dropout": 0.0},  # lambda itself is in the file
     )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> DeLoRADelta:
-        return DeLoRADelta(target, layout["rank"], self.strength, generator)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features) + 1
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        rank, rank_pattern = patterns({name: delta.layout["rank"] for name, delta in adapter.deltas.items() if isinstance(delta, DeLoRADelta)})
-        return {"r": rank, "rank_pattern": rank_pattern, "delora_lambda": self.strength, "lambda_pattern": {}, "module_dropout": 0.0}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        layouts = {name: {"rank": tensors["delora_A"][0]} for name, tensors in shapes.items()}
-        return cls(rank=config["r"], strength=config["delora_lambda"]), layouts  # lambda itself is in the file
 
 
 catalogue.register(

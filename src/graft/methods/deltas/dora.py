@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import PeftFormat
-from graft.core.target import LINEAR_KINDS, Target
+from graft.core.delta import Layout
+from graft.core.peft import PeftFormat
+from graft.core.target import LINEAR_KINDS
 from graft.kernels.lora import LowRankMap
 from graft.methods.deltas.lora import LoRA
 from graft.methods.families import peft_lora
@@ -36,11 +37,11 @@ TINY = 1e-12  # keeps rows of pruned models, whose norm is zero, finite
 class DoRADelta(LowRank):
     """LoRA as the direction, ``magnitude`` [out] beside it."""
 
-    detach_norm: bool = True
+    config: DoRA
 
-    def __init__(self, target: Target, rank: int, scale: float, generator: torch.Generator, dropout: float = 0.0):
-        super().__init__(target, rank, scale, generator, dropout)
-        self.magnitude = nn.Parameter(target.weight().to(target.dtype).norm(dim=1))
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        super().make(layout, generator)
+        self.magnitude = nn.Parameter(self.target.weight().to(self.target.dtype).norm(dim=1))
 
     def norm(self) -> Tensor:
         """The row norms of V [out]."""
@@ -51,7 +52,7 @@ class DoRADelta(LowRank):
 
     def gain(self) -> Tensor:
         """m / n [out]."""
-        if self.detach_norm:
+        if self.config.detach_norm:
             with torch.no_grad():
                 norm = self.norm()
         else:
@@ -87,17 +88,9 @@ class DoRA(LoRA):
 
     detach_norm: bool = option(True, "treat the norm as a constant in the backward pass", paper="true")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    delta: ClassVar[type[LowRank]] = DoRADelta
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}, peft_lora.OPTIONS
-    )
-
-    def build(self, *args: Any) -> LowRank:
-        delta = super().build(*args)
-        assert isinstance(delta, DoRADelta)
-        delta.detach_norm = self.detach_norm
-        return delta
+    kinds = LINEAR_KINDS
+    delta = DoRADelta
+    peft = PeftFormat("LORA", {**peft_lora.KEYS, "magnitude": "lora_magnitude_vector"}, others=peft_lora.OPTIONS)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return super().parameters(out_features, in_features) + out_features

@@ -10,17 +10,19 @@ the chosen rank (``use_rank``, :func:`set_rank`): a file is a plain LoRA of that
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.core.callback import Callback
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.kernels.lora import LowRankMap
 from graft.methods.families import peft_lora
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
 
 
 class DyLoRADelta(LowRank):
-    """All R ranks; ``chosen`` of them are in use, ``sampled`` in training forwards (none: all), of which ``last_only`` trains one."""
+    """All R ranks; ``chosen`` of them are in use, ``sampled`` in training forwards (none: all), of which ``update = "last"`` trains one."""
 
+    config: DyLoRA
     chosen: int | None = None
     sampled: int | None = None
-    last_only = False
 
     def first(self, rank: int | None) -> Tensor:
         """Which columns of B and rows of A are the first ``rank`` ones; with a frozen start also those of it."""
@@ -57,7 +59,7 @@ class DyLoRADelta(LowRank):
     def map(self) -> LowRankMap:
         rank = self.sampled if self.training else self.chosen
         B, A = self.nested(rank)
-        if self.training and self.last_only:
+        if self.training and self.config.update == "last":
             live = self.first(rank) == min(rank or self.rank, self.rank) - 1
             B, A = torch.where(live, B, B.detach()), torch.where(live[:, None], A, A.detach())
         return LowRankMap(self.target.weight(), self.target.bias, A, B)
@@ -84,8 +86,8 @@ class DyLoRA(DeltaConfig):
     update: Literal["all", "last"] = option("all", "which of the drawn ranks learn: all, or the last alone (the paper's frozen variant)")
     use_rank: int | None = option(None, "rank in use when not training; none: the largest", low=1)
 
-    # written only: what PEFT wrote is read as a LoRA
-    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, peft_lora.OPTIONS)
+    delta = DyLoRADelta
+    peft = PeftFormat("LORA", peft_lora.KEYS, others=peft_lora.OPTIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,12 +102,6 @@ class DyLoRA(DeltaConfig):
         scale = 2.0 if self.alpha is None else self.alpha / self.rank
         return {"rank": self.rank, "scale": scale, "frozen": 0, "inactive": []}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> DyLoRADelta:
-        delta = DyLoRADelta(target, layout["rank"], layout["scale"], generator, self.dropout)
-        delta.use_layout(layout)
-        delta.last_only = self.update == "last"
-        return delta
-
     def prepare(self, adapter: Adapter, calibration: Any) -> None:
         set_rank(adapter, self.use_rank)
 
@@ -114,6 +110,10 @@ class DyLoRA(DeltaConfig):
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
         return peft_lora.write(adapter, self.dropout, use_dora=False)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """None: what PEFT wrote is a plain LoRA."""
 
 
 class RankSampler(Callback):

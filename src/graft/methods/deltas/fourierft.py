@@ -7,25 +7,20 @@ Gao et al., arXiv 2405.03003. All targets of one shape use the same places, draw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
-from graft.core.storage import patterns
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.factored import PLAIN
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 
 class FourierFTDelta(Additive):
@@ -34,18 +29,13 @@ class FourierFTDelta(Additive):
     not_saved = frozenset({"places"})
     places: Tensor
 
-    def __init__(self, target: Target, layout: Layout):
-        super().__init__(target)
-        self.scale, self.seed = float(layout["scale"]), layout["seed"]
-        count, size = layout["count"], target.shape[0] * target.shape[1]
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.scale, count, (out_features, in_features) = float(layout["scale"]), layout["count"], self.target.shape
+        size = out_features * in_features
         if not 1 <= count <= size:
-            raise GraftError(f"count is {count}, but the spectrum of {target.name} is {target.shape[0]} x {target.shape[1]}: choose 1 to {size}.")
-        self.c = nn.Parameter(torch.zeros(count, dtype=target.dtype))
-        self.register_buffer("places", drawn(size, count, self.seed))
-
-    @property
-    def layout(self) -> Layout:
-        return {"count": len(self.c), "scale": self.scale, "seed": self.seed}
+            raise GraftError(f"count is {count}, but the spectrum of {self.target.name} is {out_features} x {in_features}: choose 1 to {size}.")
+        self.c = nn.Parameter(torch.zeros(count, dtype=self.target.dtype))
+        self.register_buffer("places", drawn(size, count, layout["seed"]))
 
     def update(self) -> Tensor:
         out_features, in_features = self.target.shape
@@ -68,30 +58,18 @@ class FourierFT(DeltaConfig):
     scale: float = option(150.0, "scale s of the update", paper="100..300")
     places_seed: int = option(777, "what the places are drawn from", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = PLAIN
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "FOURIERFT", {"c": "fourierft_spectrum"}, ("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed")
-    )
+    kinds = PLAIN
+    delta = FourierFTDelta
+    peft = PeftFormat(
+        "FOURIERFT", {"c": "fourierft_spectrum"}, {"n_frequency": "count", "scaling": "scale", "random_loc_seed": "places_seed"},
+        {"count": ("fourierft_spectrum", 0)}, {"n_frequency_pattern": "count"},
+    )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         return {"count": self.count, "scale": self.scale, "seed": self.places_seed}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> FourierFTDelta:
-        return FourierFTDelta(target, layout)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.count
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, FourierFTDelta)}
-        count, pattern = patterns({name: layout["count"] for name, layout in layouts.items()})
-        return {"n_frequency": count, "n_frequency_pattern": pattern, "scaling": self.scale, "random_loc_seed": self.places_seed}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        own = cls(count=config["n_frequency"], scale=config["scaling"], places_seed=config["random_loc_seed"])
-        layout = {"scale": own.scale, "seed": own.places_seed}
-        return own, {name: {"count": tensors["fourierft_spectrum"][0], **layout} for name, tensors in shapes.items()}
 
 
 catalogue.register(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import KINDS, Target
 
 if TYPE_CHECKING:
@@ -45,12 +46,13 @@ class Copies(nn.Module):
 class FullDelta(Delta):
     """Runs a copy of the module; fp32 beside a low-precision base, so that small steps are not rounded away."""
 
-    def __init__(self, target: Target, copies: Copies):
-        super().__init__(target)
-        self.copy = target.clone_module()
-        dtype = target.dtype if copies.keep_base else target.weight().dtype
+    shared: Copies
+
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, self.copy = self.target, self.target.clone_module()
+        dtype = target.dtype if self.shared.keep_base else target.weight().dtype
         for name, base in target.module.named_parameters(recurse=False):
-            setattr(self.copy, name, copies.of(base, dtype))
+            setattr(self.copy, name, self.shared.of(base, dtype))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         bias = getattr(self.copy, "bias", None)
@@ -72,7 +74,8 @@ class Full(DeltaConfig):
 
     keep_base: bool = option(True, "keep the base weights in memory beside the trained copy")
 
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    kinds = KINDS
+    delta = FullDelta
 
     @property
     def keeps_base(self) -> bool:
@@ -80,9 +83,6 @@ class Full(DeltaConfig):
 
     def shared(self, targets: Sequence[Target], seed: int) -> nn.Module:
         return Copies(self.keep_base)
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> FullDelta:
-        return FullDelta(target, shared if isinstance(shared, Copies) else Copies(self.keep_base))
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return out_features * in_features

@@ -12,17 +12,16 @@ sides; a file with a target where k had to be smaller is refused by it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.storage import patterns
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat, most_and_others
 from graft.core.target import Target
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN, Factored, check_rank, uniform
@@ -35,30 +34,26 @@ if TYPE_CHECKING:
 class GraLoRADelta(Factored):
     """A [k, in / k, r] and B [k, r, out / k]; with a hybrid rank h also A_h [h, in] and B_h [out, h]."""
 
-    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
-        super().__init__(target)
-        self._layout, k, rank, hybrid = layout, layout["blocks"], layout["rank"], layout["hybrid_rank"]
-        out_features, in_features = target.shape
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, (out_features, in_features) = self.target, self.target.shape
+        self.scale, k, rank, hybrid = float(layout["scale"]), layout["blocks"], layout["rank"], layout["hybrid_rank"]
         check_rank(rank, target)
         start = [uniform(rank, in_features // k, generator, target.dtype).T for _ in range(k)]
         self.A, self.B = nn.Parameter(torch.stack(start)), nn.Parameter(torch.zeros(k, rank, out_features // k, dtype=target.dtype))
+        self.hybrid = bool(hybrid)
         if hybrid:
             check_rank(hybrid, target, "hybrid_rank")
             self.A_h = nn.Parameter(uniform(hybrid, in_features, generator, target.dtype))
             self.B_h = nn.Parameter(torch.zeros(out_features, hybrid, dtype=target.dtype))
 
-    @property
-    def layout(self) -> Layout:
-        return dict(self._layout)
-
     def product(self) -> tuple[Tensor, Tensor]:
         k, rank, width = self.B.shape
         A = block_diagonal(self.A.mT)  # row (i, j, t)
-        ranks = self.B.reshape(k, k, rank // k, width) * self._layout["scale"]
+        ranks = self.B.reshape(k, k, rank // k, width) * self.scale
         B = torch.einsum("jito,jl->joilt", ranks, torch.eye(k).to(ranks)).reshape(k * width, k * rank)  # column (i, l, t), zero but for l = j
-        if not self._layout["hybrid_rank"]:
+        if not self.hybrid:
             return B, A
-        return torch.cat([B, self.B_h * self._layout["scale"]], 1), torch.cat([A, self.A_h])
+        return torch.cat([B, self.B_h * self.scale], 1), torch.cat([A, self.A_h])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +67,12 @@ class GraLoRA(DeltaConfig):
     hybrid_rank: int = option(0, "rank h of a LoRA over the whole matrix beside the blocks", low=0)
     alpha: float | None = option(None, "numerator of the scale alpha / (r + h); none: twice r + h", paper="2 r", low=1e-6)
 
-    kinds: ClassVar[tuple[str, ...]] = PLAIN
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    kinds = PLAIN
+    delta = GraLoRADelta
+    peft = PeftFormat(
         "GRALORA", {"A": "gralora_A", "B": "gralora_B", "A_h": "gralora_A_general.weight", "B_h": "gralora_B_general.weight"},
-        ("r", "alpha", "hybrid_r", "gralora_k", "gralora_dropout"),
+        {"r": "rank", "hybrid_r": "hybrid_rank", "gralora_k": "blocks", "alpha": "alpha"}, {"blocks": ("gralora_A", 0)},
+        unread={"gralora_dropout": 0.0},
     )  # fmt: skip
 
     def fitting(self, out_features: int, in_features: int) -> int:
@@ -86,23 +83,13 @@ class GraLoRA(DeltaConfig):
         scale = 2.0 if self.alpha is None else self.alpha / (self.rank + self.hybrid_rank)
         return {"rank": self.rank, "hybrid_rank": self.hybrid_rank, "scale": scale, "blocks": self.fitting(*target.shape)}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> GraLoRADelta:
-        return GraLoRADelta(target, layout, generator)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return (self.rank + self.hybrid_rank) * (out_features + in_features)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, GraLoRADelta)}
-        k, _ = patterns({name: layout["blocks"] for name, layout in layouts.items()})
-        scale, _ = patterns({name: layout["scale"] for name, layout in layouts.items()})
-        return {"r": self.rank, "hybrid_r": self.hybrid_rank, "alpha": scale * (self.rank + self.hybrid_rank), "gralora_k": k, "gralora_dropout": 0.0}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        own = cls(rank=config["r"], blocks=config["gralora_k"], hybrid_rank=config["hybrid_r"], alpha=config["alpha"])
-        layout = {"rank": own.rank, "hybrid_rank": own.hybrid_rank, "scale": config["alpha"] / (own.rank + own.hybrid_rank)}
-        return own, {name: {**layout, "blocks": tensors["gralora_A"][0]} for name, tensors in shapes.items()}
+        k, _ = most_and_others({name: layout["blocks"] for name, layout in adapter.layouts.items()})
+        scale, _ = most_and_others({name: layout["scale"] for name, layout in adapter.layouts.items()})
+        return {**super().to_peft(adapter), "gralora_k": k, "alpha": scale * (self.rank + self.hybrid_rank)}
 
 
 catalogue.register(

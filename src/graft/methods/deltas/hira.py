@@ -10,37 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.storage import patterns
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.factored import check_rank, uniform
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 
 class HiRADelta(Additive):
     """A [r, in] and B [out, r]."""
 
-    def __init__(self, target: Target, rank: int, generator: torch.Generator):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, (out_features, in_features), rank = self.target, self.target.shape, layout["rank"]
         check_rank(rank, target)
-        A, B = uniform(rank, target.shape[1], generator, target.dtype), torch.zeros(target.shape[0], rank, dtype=target.dtype)
+        A, B = uniform(rank, in_features, generator, target.dtype), torch.zeros(out_features, rank, dtype=target.dtype)
         if target.kind == "embedding":
             A, B = torch.zeros_like(A), torch.randn(B.shape, generator=generator).to(target.dtype)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.A)}
 
     def update(self) -> Tensor:
         return self.target.weight().to(self.A.dtype) * (self.B @ self.A)
@@ -64,28 +57,20 @@ class HiRA(DeltaConfig):
 
     rank: int = option(32, "rank r of the factor", paper="32", low=1)
 
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    delta = HiRADelta
+    peft = PeftFormat(
         "HIRA", {"A": "hira_A", "B": "hira_B", "embedding_A": "hira_embedding_A", "embedding_B": "hira_embedding_B"},
-        ("r", "hira_dropout", "rank_pattern"),
+        {"r": "rank"}, patterns={"rank_pattern": "rank"}, unread={"hira_dropout": 0.0},
     )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HiRADelta:
-        return HiRADelta(target, layout["rank"], generator)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features)
 
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        rank, rank_pattern = patterns({name: delta.layout["rank"] for name, delta in adapter.deltas.items() if isinstance(delta, HiRADelta)})
-        return {"r": rank, "rank_pattern": rank_pattern, "hira_dropout": 0.0}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        ranks = {name: next(shape[0] for key, shape in tensors.items() if key.endswith("A")) for name, tensors in shapes.items()}
-        return cls(rank=config["r"]), {name: {"rank": rank} for name, rank in ranks.items()}
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        return {"rank": next(shape[0] for name, shape in shapes.items() if name.endswith("A"))}  # not rank_pattern, which PEFT does not follow
 
 
 catalogue.register(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from graft.core.callback import Callback
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import uniform
 from graft.methods.families.multiplicative import InputMap
-from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -34,14 +34,10 @@ if TYPE_CHECKING:
 class HRADelta(InputMap):
     """``u`` [in, r]."""
 
-    def __init__(self, target: Target, rank: int, generator: torch.Generator):
-        super().__init__(target)
-        halves = uniform(target.shape[1], (rank + 1) // 2, generator, target.dtype)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        rank = layout["rank"]
+        halves = uniform(self.target.shape[1], (rank + 1) // 2, generator, self.target.dtype)
         self.u = nn.Parameter(halves.repeat_interleave(2, 1)[:, :rank].contiguous())
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": self.u.shape[1]}
 
     def unit(self) -> Tensor:
         """U [in, r]."""
@@ -70,8 +66,9 @@ class HRA(DeltaConfig):
     rank: int = option(8, "reflections r, an even number", paper="8..32", low=2)
     orthogonality: float = option(0.0, "weight lambda of the penalty", paper="0..1e-3", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat("HRA", {"u": "hra_u"}, ("apply_GS",))
+    kinds = LINEAR_KINDS
+    delta = HRADelta
+    peft = PeftFormat("HRA", {"u": "hra_u"}, {"r": "rank"}, fixed={"apply_GS": False, "bias": "none"}, others=("init_weights",))
 
     def callbacks(self) -> list[Callback]:
         return [Orthogonality(self.orthogonality)] if self.orthogonality else []
@@ -81,19 +78,14 @@ class HRA(DeltaConfig):
             raise GraftError(f"HRA.rank is {self.rank}, but at {target} it must be even and at most {target.shape[1]}, the inputs.")
         return {"rank": self.rank}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HRADelta:
-        return HRADelta(target, layout["rank"], generator)
+    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
+        return {**super().to_peft(adapter), "init_weights": self.rank % 2 == 0}
+
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        return {"rank": self.rank}  # an odd number, too
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * in_features
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {"r": self.rank, "apply_GS": False, "init_weights": self.rank % 2 == 0, "bias": "none"}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        refuse_others(config, bias="none", apply_GS=False)
-        return cls(rank=config["r"]), {name: {"rank": config["r"]} for name in shapes}
 
 
 class Orthogonality(Callback):

@@ -12,7 +12,6 @@ untransposed factors; the closed form above is followed. Heads without biases, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +26,15 @@ from graft.methods.families.factored import check_rank, uniform
 class HydraDelta(Delta):
     """A, B: the parallel head (LoRA). C, D: the sequential head."""
 
-    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, (out_features, in_features) = self.target, self.target.shape
         self.scale, self.output_scale = layout["scale"], layout["output_scale"]
-        out_features, in_features = target.shape
-        for name, rank in (("rank", layout["rank"]), ("output_rank", layout["output_rank"])):
-            check_rank(rank, target, name)
+        for name in ("rank", "output_rank"):
+            check_rank(layout[name], target, name)
         self.A = nn.Parameter(uniform(layout["rank"], in_features, generator, target.dtype))
         self.B = nn.Parameter(torch.zeros(out_features, layout["rank"], dtype=target.dtype))
         self.C = nn.Parameter(uniform(layout["output_rank"], out_features, generator, target.dtype))
         self.D = nn.Parameter(torch.zeros(out_features, layout["output_rank"], dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.A), "output_rank": len(self.C), "scale": self.scale, "output_scale": self.output_scale}
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         W, b = self.target.weight().to(self.A.dtype), self.target.bias
@@ -68,13 +62,11 @@ class Hydra(DeltaConfig):
     scale: float = option(1.0, "scale s of the parallel head", paper="1")
     output_scale: float = option(1.0, "scale s_o of the sequential head", paper="1")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = HydraDelta
 
     def layout_at(self, target: Target) -> Layout:
         return self.settings()
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> HydraDelta:
-        return HydraDelta(target, layout, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features) + 2 * self.output_rank * out_features

@@ -12,14 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 
 if TYPE_CHECKING:
@@ -29,14 +30,9 @@ if TYPE_CHECKING:
 class IA3Delta(Delta):
     """``gains`` [channels in] or [channels out]."""
 
-    def __init__(self, target: Target, inputs: bool):
-        super().__init__(target)
-        self.inputs = inputs
-        self.gains = nn.Parameter(torch.ones(channels(target, inputs), dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"inputs": self.inputs}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.inputs: bool = layout["inputs"]
+        self.gains = nn.Parameter(torch.ones(channels(self.target, self.inputs), dtype=self.target.dtype))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         W, bias = self.target.weight().to(self.gains.dtype), self.target.bias
@@ -71,17 +67,15 @@ class IA3(DeltaConfig):
 
     inputs: Literal["down", "all", "none"] = option("down", "which maps have the gains on their inputs; the others have them on their outputs")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat("IA3", {"gains": "ia3_l"}, ("feedforward_modules", "init_ia3_weights"))
+    kinds = LINEAR_KINDS
+    delta = IA3Delta
+    peft = PeftFormat("IA3", {"gains": "ia3_l"}, others=("feedforward_modules", "init_ia3_weights"))
 
     def on_inputs(self, role: str) -> bool:
         return self.inputs == "all" or self.inputs == role
 
     def layout_at(self, target: Target) -> Layout:
         return {"inputs": self.on_inputs(target.role)}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> IA3Delta:
-        return IA3Delta(target, layout["inputs"])
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """At a way down; elsewhere see :meth:`total`."""
@@ -91,17 +85,12 @@ class IA3(DeltaConfig):
         return sum(channels(target, self.on_inputs(target.role)) for target in targets)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        names = [name for name, delta in adapter.deltas.items() if isinstance(delta, IA3Delta) and delta.inputs]
+        names = [name for name, layout in adapter.layouts.items() if layout["inputs"]]
         return {"feedforward_modules": "|".join(map(re.escape, names))}  # a pattern: as a list it would have to be among target_modules
 
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        modules = config.get("feedforward_modules") or []
-
-        def inputs(name: str) -> bool:  # PEFT's rule
-            return bool(re.fullmatch(modules, name)) if isinstance(modules, str) else name.endswith(tuple(modules))
-
-        return cls(), {name: {"inputs": inputs(name)} for name in shapes}
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        modules = config.get("feedforward_modules") or []  # PEFT's rule: a pattern, or ends of names
+        return {"inputs": bool(re.fullmatch(modules, target.name)) if isinstance(modules, str) else target.name.endswith(tuple(modules))}
 
 
 catalogue.register(

@@ -8,7 +8,6 @@ Guo et al., NLoRA, arXiv 2502.14482.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from graft.core.catalogue import Method, catalogue
 from graft.methods.deltas.nystrom_lora import NystromLoRA
@@ -18,7 +17,7 @@ from graft.methods.deltas.nystrom_lora import NystromLoRA
 class IntTune(NystromLoRA):
     """Hyper-parameters of IntTune."""
 
-    trained: ClassVar[str] = "N"
+    trained = "N"
 
 
 catalogue.register(

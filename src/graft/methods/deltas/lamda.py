@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,8 +51,8 @@ class LaMDA(ThreeFactorConfig):
     spectral: bool = option(True, "start from W's leading singular triplets; false: from zero, with random A and N")
     save_bases: bool = save_bases()
 
-    trained: ClassVar[str] = "BN"
-    delta: ClassVar[type[ThreeFactor]] = LaMDADelta
+    trained = "BN"
+    delta = LaMDADelta
 
     def callbacks(self) -> list[Callback]:
         return [Freezing(self)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,23 +59,18 @@ class LoCADelta(Additive):
     """``a`` [n] and ``p`` [2, n]; the transforms belong to the adapter. ``learning`` names what gets a gradient that is not zero."""
 
     learning: tuple[str, ...] = ("a", "p")
+    config: LoCA
+    shared: Bases
     p: Tensor
-    bases: Bases
 
-    def __init__(self, target: Target, layout: Layout, bases: Bases, mobile: bool, generator: torch.Generator):
-        super().__init__(target)
-        self.refer(bases=bases)
-        self.scale = float(layout["scale"])
-        self.a = nn.Parameter(torch.zeros(layout["count"], dtype=target.dtype))
-        p = torch.rand(2, layout["count"], generator=generator).to(target.dtype)
-        if mobile:
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.scale, dtype = float(layout["scale"]), self.target.dtype
+        self.a = nn.Parameter(torch.zeros(layout["count"], dtype=dtype))
+        p = torch.rand(2, layout["count"], generator=generator).to(dtype)
+        if self.config.share:
             self.p = nn.Parameter(p)
         else:
             self.register_buffer("p", p)
-
-    @property
-    def layout(self) -> Layout:
-        return {"count": len(self.a), "scale": self.scale}
 
     @property
     def steps(self) -> Tensor:
@@ -85,7 +80,7 @@ class LoCADelta(Additive):
     def update(self) -> Tensor:
         # A zero gradient rather than none: DistributedDataParallel waits for every parameter.
         a, p = (value if name in self.learning else value.detach() + 0 * value for name, value in (("a", self.a), ("p", self.p)))
-        left, right = (getattr(self.bases, f"dct_{size}").to(a) for size in self.target.shape)
+        left, right = (getattr(self.shared, f"dct_{size}").to(a) for size in self.target.shape)
         update: Tensor = _Synthesis.apply(a, p.clamp(0, 0.999) * self.steps, left, right)  # type: ignore[no-untyped-call]
         return update * self.scale
 
@@ -108,7 +103,8 @@ class LoCA(DeltaConfig):
     place_updates: int = option(20, "updates of the places in each turn", unit="updates", paper="20", low=1)
     place_lr: float = option(1e-4, "learning rate of the places", paper="1e-4", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = PLAIN
+    kinds = PLAIN
+    delta = LoCADelta
 
     def callbacks(self) -> list[Callback]:
         return [Turns(self)] if self.share else []
@@ -119,10 +115,6 @@ class LoCA(DeltaConfig):
 
     def layout_at(self, target: Target) -> Layout:
         return {"count": self.count, "scale": self.scale}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoCADelta:
-        assert isinstance(shared, Bases)
-        return LoCADelta(target, layout, shared, self.share > 0, generator)
 
     def groups(self, adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         places = [delta.p for delta in adapter.deltas.values() if isinstance(delta, LoCADelta) and isinstance(delta.p, nn.Parameter)]

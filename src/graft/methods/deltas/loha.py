@@ -10,26 +10,19 @@ r^2. A convolution has its matrix [out, in kh kw]; FedPara's form with a core fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.storage import patterns
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.kernels.lora import lora_linear
 from graft.methods.families.additive import Additive
 from graft.methods.families.factored import PLAIN, check_rank, uniform
-from graft.methods.families.peft_lora import by_pattern
-from graft.methods.families.peft_options import refuse_others
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 
 class LoHaDelta(Additive):
@@ -39,17 +32,13 @@ class LoHaDelta(Additive):
     A1: nn.Parameter
     B2: nn.Parameter
 
-    def __init__(self, target: Target, rank: int, scale: float, generator: torch.Generator):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, (out_features, in_features), rank = self.target, self.target.shape, layout["rank"]
         check_rank(rank, target)
-        self.scale, (out_features, in_features) = scale, target.shape
+        self.scale = float(layout["scale"])
         for name, rows, columns in (("B1", out_features, rank), ("A1", rank, in_features), ("B2", out_features, rank)):
             setattr(self, name, nn.Parameter(uniform(rows, columns, generator, target.dtype)))
         self.A2 = nn.Parameter(torch.zeros(rank, in_features, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.A2), "scale": self.scale}
 
     def update(self) -> Tensor:
         return (self.B1 @ self.A1) * (self.B2 @ self.A2) * self.scale
@@ -74,37 +63,19 @@ class LoHa(DeltaConfig):
     rank: int = option(8, "rank r of either factor; the update has rank up to r^2", paper="4..32", low=1)
     alpha: float | None = option(None, "numerator of the scale alpha / r; none: the rank", low=1e-6)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "LOHA", {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
-        ("r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "rank_pattern", "alpha_pattern"),
+    kinds = LINEAR_KINDS
+    delta = LoHaDelta
+    peft = PeftFormat(
+        "LOHA", {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}, {"r": "rank", "alpha": "alpha"}, alpha="alpha",
+        fixed={"use_effective_conv2d": False}, unread={"rank_dropout": 0.0, "module_dropout": 0.0},
     )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         return {"rank": self.rank, "scale": scale}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoHaDelta:
-        return LoHaDelta(target, layout["rank"], float(layout["scale"]), generator)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return 2 * self.rank * (out_features + in_features)
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, LoHaDelta)}
-        rank, rank_pattern = patterns({name: layout["rank"] for name, layout in layouts.items()})
-        alpha, alpha_pattern = patterns({name: layout["scale"] * layout["rank"] for name, layout in layouts.items()})
-        return {"r": rank, "rank_pattern": rank_pattern, "alpha": alpha, "alpha_pattern": alpha_pattern, "rank_dropout": 0.0, "module_dropout": 0.0,
-                "use_effective_conv2d": False}  # fmt: skip
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        refuse_others(config, use_effective_conv2d=False)
-        layouts = {}
-        for name, tensors in shapes.items():
-            rank = tensors["hada_w1_b"][0]
-            layouts[name] = {"rank": rank, "scale": by_pattern(config.get("alpha_pattern") or {}, name, config["alpha"]) / rank}
-        return cls(rank=config["r"], alpha=config["alpha"]), layouts
 
 
 catalogue.register(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,12 @@ from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
-from graft.core.storage import patterns
+from graft.core.delta import DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN, uniform
-from graft.methods.families.peft_lora import by_pattern
-from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -38,24 +36,21 @@ if TYPE_CHECKING:
 class LoKrDelta(Additive):
     """C [a, c] or C_a [a, r], C_b [r, c]; D [b, d] or D_a [b, r], D_b [r, d]."""
 
-    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
-        super().__init__(target)
-        self._layout, (a, c), rank = layout, layout["left"], layout["rank"]
-        for name, (rows, columns), whole in zip("CD", ((a, c), (target.shape[0] // a, target.shape[1] // c)), layout["whole"], strict=True):
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        (out_features, in_features), (a, c), rank = self.target.shape, layout["left"], layout["rank"]
+        self.scale = float(layout["scale"])
+        for name, (rows, columns), whole in zip("CD", ((a, c), (out_features // a, in_features // c)), layout["whole"], strict=True):
             sizes = {name: (rows, columns)} if whole else {f"{name}_a": (rows, rank), f"{name}_b": (rank, columns)}
             for key, size in sizes.items():
-                start = torch.zeros(size, dtype=target.dtype) if key in ("D", "D_b") else uniform(*size, generator, target.dtype)
+                zero = key in ("D", "D_b")
+                start = torch.zeros(size, dtype=self.target.dtype) if zero else uniform(*size, generator, self.target.dtype)
                 self.register_parameter(key, nn.Parameter(start))
-
-    @property
-    def layout(self) -> Layout:
-        return dict(self._layout)
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """C and D as matrices, the scale folded into C."""
         own = dict(self.named_parameters())
         C, D = (own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"] for name in "CD")
-        return C * self._layout["scale"], D
+        return C * self.scale, D
 
     def update(self) -> Tensor:
         return torch.kron(*self.sides())
@@ -91,11 +86,12 @@ class LoKr(DeltaConfig):
     )
     both: bool = option(False, "give C a low rank, too, where that is smaller")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    kinds = LINEAR_KINDS
+    delta = LoKrDelta
+    peft = PeftFormat(
         "LOKR", {"C": "lokr_w1", "C_a": "lokr_w1_a", "C_b": "lokr_w1_b", "D": "lokr_w2", "D_a": "lokr_w2_a", "D_b": "lokr_w2_b"},
-        ("r", "alpha", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "decompose_both", "decompose_factor",
-         "rank_pattern", "alpha_pattern"),
+        {"r": "rank", "alpha": "alpha", "decompose_both": "both"}, alpha="alpha", fixed={"use_effective_conv2d": False},
+        unread={"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False}, others=("decompose_factor",),
     )  # fmt: skip
 
     def split(self, size: int) -> int:
@@ -104,19 +100,16 @@ class LoKr(DeltaConfig):
             return self.factor
         return largest_divisor(size, min(self.factor or size, math.isqrt(size)))
 
-    def layout(self, out_features: int, channels: int) -> Layout:
+    def structure(self, out_features: int, channels: int) -> Layout:
         a, c = self.split(out_features), self.split(channels)
         whole = [not self.both or 2 * self.rank >= max(a, c), 2 * self.rank >= max(out_features // a, channels // c)]
         return {"rank": self.rank, "scale": 1.0 if self.alpha is None else self.alpha / self.rank, "left": [a, c], "whole": whole}
 
     def layout_at(self, target: Target) -> Layout:
-        return self.layout(target.shape[0], target.shape[1] // window(target))
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoKrDelta:
-        return LoKrDelta(target, layout, generator)
+        return self.structure(target.shape[0], target.shape[1] // window(target))
 
     def parameters(self, out_features: int, in_features: int, kernel: int = 1) -> int:
-        layout = self.layout(out_features, in_features // kernel)
+        layout = self.structure(out_features, in_features // kernel)
         a, c = layout["left"]
         sides = ((a, c), (out_features // a, in_features // c))
         return sum(m * n if whole else self.rank * (m + n) for (m, n), whole in zip(sides, layout["whole"], strict=True))
@@ -125,24 +118,16 @@ class LoKr(DeltaConfig):
         return sum(self.parameters(*target.shape, window(target)) for target in targets)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        layouts = {name: delta.layout for name, delta in adapter.deltas.items() if isinstance(delta, LoKrDelta)}
-        rank, rank_pattern = patterns({name: layout["rank"] for name, layout in layouts.items()})
-        alpha, alpha_pattern = patterns({name: layout["scale"] * layout["rank"] for name, layout in layouts.items()})
-        return {"r": rank, "rank_pattern": rank_pattern, "alpha": alpha, "alpha_pattern": alpha_pattern, "rank_dropout": 0.0, "module_dropout": 0.0,
-                "rank_dropout_scale": False, "use_effective_conv2d": False, "decompose_both": self.both,
-                "decompose_factor": self.factor or -1}  # fmt: skip
+        return {**super().to_peft(adapter), "decompose_factor": self.factor or -1}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        refuse_others(config, use_effective_conv2d=False)
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
         factor = None if config["decompose_factor"] == -1 else config["decompose_factor"]
-        own, layouts = cls(rank=config["r"], alpha=config["alpha"], factor=factor, both=config["decompose_both"]), {}
-        for name, tensors in shapes.items():
-            rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
-            scale = by_pattern(config.get("alpha_pattern") or {}, name, config["alpha"]) / rank
-            left = tensors["lokr_w1"] if "lokr_w1" in tensors else (tensors["lokr_w1_a"][0], tensors["lokr_w1_b"][1])
-            layouts[name] = {"rank": rank, "scale": scale, "left": list(left), "whole": ["lokr_w1" in tensors, "lokr_w2" in tensors]}
-        return own, layouts
+        return cls.parse({**cls.peft.read(config), "factor": factor})
+
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        left = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+        return {**self.peft.layout(target.name, config, shapes), "left": list(left), "whole": ["lokr_w1" in shapes, "lokr_w2" in shapes]}
 
 
 def window(target: Target) -> int:

@@ -11,7 +11,7 @@ takes the first r pivots; ``pick`` largest takes those of the largest size. Thei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,17 @@ from graft.numerics.lu import ldu
 class LoLDUDelta(Rebuilt, Diagonal):
     """``d`` [r] between frozen L [out, r] and U [r, in]."""
 
+    config: LoLDU
     L: Tensor
     U: Tensor
 
-    def __init__(self, target: Target, layout: Layout, pick: str, save: bool):
-        super().__init__(target)
-        self.scale, rank = float(layout["scale"]), layout["rank"]
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.scale, target, rank = float(layout["scale"]), self.target, layout["rank"]
         check_rank(rank, target)
         L, D, U = ldu(target.weight().to(target.dtype))
-        chosen = D.abs().argsort(descending=True, stable=True)[:rank] if pick == "largest" else torch.arange(rank, device=D.device)
-        self.freeze_factors(save, L=L[:, chosen], U=U[chosen])
+        order = D.abs().argsort(descending=True, stable=True) if self.config.pick == "largest" else torch.arange(len(D), device=D.device)
+        self.freeze_factors(self.config.save_bases, L=L[:, order[:rank]], U=U[order[:rank]])
         self.d = nn.Parameter(torch.zeros(rank, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.d), "scale": self.scale}
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.L, self.d * self.scale, self.U
@@ -58,13 +54,11 @@ class LoLDU(DeltaConfig):
     pick: Literal["first", "largest"] = option("first", "which pivots train", paper="first")
     save_bases: bool = save_bases()
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = LoLDUDelta
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank or min(target.shape), "scale": self.scale}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LoLDUDelta:
-        return LoLDUDelta(target, layout, self.pick, self.save_bases)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank or min(out_features, in_features)

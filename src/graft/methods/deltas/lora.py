@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
-from torch import nn
-
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families import peft_lora
 from graft.methods.families.factored import LowRank
@@ -41,8 +39,8 @@ class LoRA(DeltaConfig):
     dropout: float = option(0.0, "chance of dropping an input of the branch while training", paper="0..0.1", low=0, high=0.99)
     lr_ratio: float = option(1.0, "learning rate of B over that of A", paper="LoRA+: 2..32, about 16", low=0)
 
-    delta: ClassVar[type[LowRank]] = LowRank
-    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, peft_lora.OPTIONS)
+    delta: ClassVar[type[Delta]] = LowRank
+    peft = PeftFormat("LORA", peft_lora.KEYS, others=peft_lora.OPTIONS)
 
     @property
     def scale(self) -> float:
@@ -51,11 +49,6 @@ class LoRA(DeltaConfig):
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank, "scale": self.scale, "frozen": 0, "inactive": []}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> LowRank:
-        delta = self.delta(target, layout["rank"], layout["scale"], generator, self.dropout)
-        delta.use_layout(layout)
-        return delta
 
     def groups(self, adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         if self.lr_ratio == 1:
@@ -70,11 +63,11 @@ class LoRA(DeltaConfig):
         return peft_lora.write(adapter, self.dropout, use_dora=False)
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
-        if bool(config.get("use_dora")) != (cls is not LoRA):
-            return None
-        options, layouts = peft_lora.read(config, shapes)
-        return cls.parse(options), layouts
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        return cls.parse(peft_lora.read(config)) if bool(config.get("use_dora")) == (cls is not LoRA) else None
+
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        return peft_lora.layout(target.name, config, shapes)
 
 
 catalogue.register(Method("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "arXiv 2106.09685", "delta", "low-rank update B A", LoRA))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class LoRAXS(ThreeFactorConfig):
     rank: int = option(32, "rank r of the update", paper="4..64", low=1)
     save_bases: bool = save_bases()
 
-    trained: ClassVar[str] = "N"
+    trained = "N"
 
     @property
     def saves_frozen(self) -> bool:

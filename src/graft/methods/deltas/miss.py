@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import Factored
-from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -31,19 +31,13 @@ if TYPE_CHECKING:
 class MiSSDelta(Factored):
     """``D`` [r, m], m dividing out."""
 
-    def __init__(self, target: Target, layout: Layout, dropout: float):
-        super().__init__(target)
-        (out_features, in_features), rank, width = target.shape, layout["rank"], layout["width"]
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        (out_features, in_features), rank, width = self.target.shape, layout["rank"], layout["width"]
         if not 1 <= rank <= in_features:
-            raise GraftError(f"rank is {rank}, but {target} has {in_features} inputs: choose 1 to {in_features}, or other targets.")
+            raise GraftError(f"rank is {rank}, but {self.target} has {in_features} inputs: choose 1 to {in_features}, or other targets.")
         if out_features % width:
-            raise GraftError(f"mini is {width}, but it must divide the outputs of {target}; choose another or none.")
-        self.dropout = dropout
-        self.D = nn.Parameter(torch.zeros(rank, width, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": self.D.shape[0], "width": self.D.shape[1]}
+            raise GraftError(f"mini is {width}, but it must divide the outputs of {self.target}; choose another or none.")
+        self.D = nn.Parameter(torch.zeros(rank, width, dtype=self.target.dtype))
 
     def product(self) -> tuple[Tensor, Tensor]:
         (out_features, in_features), (rank, width) = self.target.shape, self.D.shape
@@ -59,29 +53,26 @@ class MiSS(DeltaConfig):
     mini: int | None = option(None, "columns m of D, which must divide the outputs; none: as many as outputs", low=1)
     dropout: float = option(0.0, "chance of dropping an input of the branch while training", low=0, high=0.99)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat("MISS", {"D": "miss_block"}, ("mini_r", "miss_dropout"))
+    kinds = LINEAR_KINDS
+    delta = MiSSDelta
+    peft = PeftFormat(
+        "MISS", {"D": "miss_block"}, {"r": "rank", "miss_dropout": "dropout"}, {"rank": ("miss_block", 0), "width": ("miss_block", 1)},
+        fixed={"bias": "none"}, others=("mini_r", "init_weights"),
+    )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank, "width": self.mini or target.shape[0]}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> MiSSDelta:
-        return MiSSDelta(target, layout, self.dropout)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (self.mini or out_features)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        start = "mini" if self.mini else True
-        return {"r": self.rank, "mini_r": self.mini or 1, "init_weights": start, "miss_dropout": self.dropout, "bias": "none"}
+        return {**super().to_peft(adapter), "mini_r": self.mini or 1, "init_weights": "mini" if self.mini else True}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]] | None:
-        refuse_others(config, bias="none")
-        if config["init_weights"] == "bat":
-            return None
-        own = cls(rank=config["r"], mini=config["mini_r"] if config["init_weights"] == "mini" else None, dropout=config["miss_dropout"])
-        return own, {name: dict(zip(("rank", "width"), tensors["miss_block"], strict=True)) for name, tensors in shapes.items()}
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        mini = config["mini_r"] if config["init_weights"] == "mini" else None
+        return None if config["init_weights"] == "bat" else cls.parse({**cls.peft.read(config), "mini": mini})
 
 
 catalogue.register(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,28 +61,21 @@ class MoSDelta(Factored):
     """``index_A`` and ``index_B`` [R l]: rows of the pools; nothing of its own is trained."""
 
     not_saved = frozenset({"index_A", "index_B"})
+    shared: Pools
     index_A: Tensor
     index_B: Tensor
-    pools: Pools
 
-    def __init__(self, target: Target, layout: Layout, pools: Pools, generator: torch.Generator):
-        super().__init__(target)
-        self.refer(pools=pools)
-        self.scale, self.shards, self.private = float(layout["scale"]), layout["shards"], layout["private"]
-        members, own = pools.members[group(target)], self.private * self.shards
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.scale, self.shards, target, pools = float(layout["scale"]), layout["shards"], self.target, self.shared
+        members, own = pools.members[group(target)], layout["private"] * self.shards
         public = pools.get("A", target).shape[0] - own * len(members)
         mine = public + own * members.index(target.name) + torch.arange(own)
         for name in ("index_A", "index_B"):
             drawn = torch.randperm(public, generator=generator)[: layout["rank"] * self.shards - own]
             self.register_buffer(name, torch.cat([drawn, mine]))
 
-    @property
-    def layout(self) -> Layout:
-        rank = len(self.index_A) // self.shards
-        return {"rank": rank, "shards": self.shards, "private": self.private, "scale": self.scale}
-
     def product(self) -> tuple[Tensor, Tensor]:
-        (out_features, in_features), pools = self.target.shape, self.pools
+        (out_features, in_features), pools = self.target.shape, self.shared
         A = pools.get("A", self.target)[self.index_A].reshape(-1, in_features)
         B = pools.get("B", self.target)[self.index_B].reshape(-1, out_features)
         return B.T * self.scale, A
@@ -98,7 +91,8 @@ class MoS(DeltaConfig):
     shards: int = option(4, "shards l a vector is put together from; the largest number up to it that divides in and out", paper="2..8", low=1)
     alpha: float | None = option(None, "numerator of the scale alpha / R; none: twice R", low=1e-6)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = MoSDelta
 
     def pieces(self, out_features: int, in_features: int) -> int:
         """l for a shape."""
@@ -118,10 +112,6 @@ class MoS(DeltaConfig):
             scale = 2.0 if self.alpha is None else self.alpha / rank
             layouts[target.name] = {"rank": rank, "shards": self.pieces(*target.shape), "private": private, "scale": scale}
         return layouts
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> MoSDelta:
-        assert isinstance(shared, Pools)
-        return MoSDelta(target, layout, shared, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features)

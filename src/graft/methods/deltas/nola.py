@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +29,18 @@ class NOLADelta(Factored):
     """Coefficients ``a`` and ``c`` [k]; the matrices they weigh belong to the adapter."""
 
     not_saved = frozenset({"A0"})
+    shared: Bases
     A0: Tensor
-    bases: Bases
 
-    def __init__(self, target: Target, layout: Layout, bases: Bases, generator: torch.Generator):
-        super().__init__(target)
-        self.refer(bases=bases)
-        self.scale = float(layout["scale"])
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.scale, target = float(layout["scale"]), self.target
         check_rank(layout["rank"], target)
         self.register_buffer("A0", uniform(layout["rank"], target.shape[1], generator, target.dtype))
         self.a, self.c = (nn.Parameter(torch.zeros(layout["count"], dtype=target.dtype)) for _ in range(2))
 
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.A0), "count": len(self.a), "scale": self.scale}
-
     def product(self) -> tuple[Tensor, Tensor]:
         out_features, in_features = self.target.shape
-        P, Q = self.bases.leading("P", in_features), self.bases.leading("Q", out_features)
+        P, Q = self.shared.leading("P", in_features), self.shared.leading("Q", out_features)
         return Q.to(self.c) @ self.c * self.scale, self.A0 + (P.to(self.a) @ self.a).T
 
 
@@ -59,7 +52,8 @@ class NOLA(DeltaConfig):
     count: int = option(128, "random matrices k that make up each factor", paper="128..1024", low=1)
     alpha: float | None = option(None, "numerator of the scale alpha / r; none: the rank", low=1e-6)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = NOLADelta
 
     def shared(self, targets: Sequence[Target], seed: int) -> Bases:
         """P [in, r, k] and Q [out, r, k]: the side that targets take a part of comes first, so that taking it copies nothing."""
@@ -70,10 +64,6 @@ class NOLA(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         return {"rank": self.rank, "count": self.count, "scale": scale}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> NOLADelta:
-        assert isinstance(shared, Bases)
-        return NOLADelta(target, layout, shared, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return 2 * self.count

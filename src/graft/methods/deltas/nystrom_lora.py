@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class NystromLoRA(SLoRA):
     )
     save_bases: bool = save_bases()
 
-    subtracted: ClassVar[bool] = True
+    subtracted = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,19 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import nearest_divisor
 from graft.methods.families.multiplicative import InputMap
-from graft.methods.families.peft_options import refuse_others
 from graft.numerics.orthogonal import cayley, cayley_neumann, skew, times_blocks
 
 if TYPE_CHECKING:
@@ -36,18 +36,16 @@ if TYPE_CHECKING:
 class OFTDelta(InputMap):
     """``q`` [k, b (b - 1) / 2], or [1, ...] where blocks share it."""
 
-    def __init__(self, target: Target, block: int, share: bool, terms: int | None):
-        super().__init__(target)
-        self.block, self.terms = block, terms
-        self.q = nn.Parameter(torch.zeros(1 if share else target.shape[1] // block, block * (block - 1) // 2, dtype=target.dtype))
+    config: OFT
 
-    @property
-    def layout(self) -> Layout:
-        return {"block": self.block}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.block, inputs = layout["block"], self.target.shape[1]
+        blocks = 1 if self.config.share else inputs // self.block
+        self.q = nn.Parameter(torch.zeros(blocks, self.block * (self.block - 1) // 2, dtype=self.target.dtype))
 
     def times(self, rows: Tensor, transposed: bool = False) -> Tensor:
         Q = skew(self.q, self.block)
-        R = cayley(Q) if self.terms is None else cayley_neumann(-Q, self.terms)
+        R = cayley(Q) if self.config.terms is None else cayley_neumann(-Q, self.config.terms)
         return times_blocks(rows.to(R.dtype), R.mT if transposed else R)
 
 
@@ -67,44 +65,43 @@ class OFT(DeltaConfig):
     share: bool = option(False, "all blocks of a target turn alike")
     terms: int | None = option(None, "terms n of Neumann's series in place of an inverse; none: exact", paper="5", low=4)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "OFT", {"q": "oft_R.weight"},
-        ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "block_share", "coft", "eps", "module_dropout"),
+    kinds = LINEAR_KINDS
+    delta = OFTDelta
+    peft = PeftFormat(
+        "OFT", {"q": "oft_R.weight"}, {"block_share": "share"}, fixed={"coft": False, "bias": "none"}, unread={"r": 0, "module_dropout": 0.0},
+        others=("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "eps"),
     )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
         return {"block": block_size(target, self.block)}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> OFTDelta:
-        return OFTDelta(target, layout["block"], self.share, self.terms)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         block = nearest_divisor(in_features, self.block) or 1
         return (1 if self.share else in_features // block) * block * (block - 1) // 2
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        series = (
-            {"use_cayley_neumann": False}
-            if self.terms is None
-            else {"use_cayley_neumann": True, "num_cayley_neumann_terms": self.terms, "peft_version": "0.18.0"}
-        )  # the series as since then
-        return {"r": 0, "oft_block_size": self.block, "block_share": self.share, "coft": False, "module_dropout": 0.0, "bias": "none", **series}
+        series: dict[str, Any] = {"use_cayley_neumann": self.terms is not None}
+        if self.terms is not None:
+            series |= {"num_cayley_neumann_terms": self.terms, "peft_version": "0.18.0"}  # the series as since then
+        return {**super().to_peft(adapter), "oft_block_size": self.block, **series}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        refuse_others(config, bias="none", coft=False)
-        series = config["use_cayley_neumann"]
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
+        series, blocks = config["use_cayley_neumann"], {read_block(tensors) for tensors in shapes.values()}
         if series and "peft_version" not in config:
             raise GraftError("the PEFT adapter was made before PEFT 0.18, when use_cayley_neumann meant another series; train it again.")
-        blocks = {name: (1 + math.isqrt(1 + 8 * tensors["oft_R.weight"][1])) // 2 for name, tensors in shapes.items()}
-        if config["r"] and len(set(blocks.values())) > 1:
+        if config["r"] and len(blocks) > 1:
             raise GraftError(f"the PEFT adapter has r = {config['r']} blocks in targets of different widths; give PEFT oft_block_size instead.")
-        own = cls(
-            block=config["oft_block_size"] or next(iter(blocks.values())), share=config["block_share"],
-            terms=config["num_cayley_neumann_terms"] if series else None,
-        )  # fmt: skip
-        return own, {name: {"block": block} for name, block in blocks.items()}
+        terms = config["num_cayley_neumann_terms"] if series else None
+        return cls.parse({**cls.peft.read(config), "block": config["oft_block_size"] or min(blocks), "terms": terms})
+
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        return {"block": read_block(shapes)}
+
+
+def read_block(shapes: Mapping[str, Sequence[int]]) -> int:
+    """The size b of blocks with b (b - 1) / 2 numbers each."""
+    return (1 + math.isqrt(1 + 8 * shapes["oft_R.weight"][1])) // 2
 
 
 catalogue.register(

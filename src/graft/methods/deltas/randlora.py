@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families.bases import Bases, largest
 from graft.methods.families.factored import check_rank
@@ -41,23 +42,18 @@ def unit(base: Tensor) -> Tensor:
 class RandLoRADelta(Delta):
     """lambda [r, n] and gamma [n, m]; the bases belong to the adapter."""
 
-    bases: Bases
+    shared: Bases
 
-    def __init__(self, target: Target, layout: Layout, bases: Bases):
-        super().__init__(target)
-        self.rank, self.scale = layout["rank"], layout["scale"]
-        self.refer(bases=bases)
-        smallest, count = min(target.shape), math.ceil(min(target.shape) / layout["rank"])
-        self.lambda_ = nn.Parameter(torch.zeros(layout["rank"], count, dtype=target.dtype))
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, rank = self.target, layout["rank"]
+        check_rank(rank, target)
+        self.scale, smallest, count = float(layout["scale"]), min(target.shape), math.ceil(min(target.shape) / rank)
+        self.lambda_ = nn.Parameter(torch.zeros(rank, count, dtype=target.dtype))
         self.gamma = nn.Parameter(torch.full((count, smallest), 1 / max(count, smallest), dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": self.rank, "scale": self.scale}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         (r, n), (M, m) = self.lambda_.shape, (max(self.target.shape), min(self.target.shape))
-        A, B = self.bases.leading("randlora_A", r, 1, m), self.bases.leading("randlora_B", M, n)
+        A, B = self.shared.leading("randlora_A", r, 1, m), self.shared.leading("randlora_B", M, n)
         wide = (self.lambda_[:, :, None] * A * self.gamma).reshape(r * n, m)
         tall = B.reshape(M, n * r).to(wide.dtype) * self.scale
         out_features, in_features = self.target.shape
@@ -85,9 +81,10 @@ class RandLoRA(DeltaConfig):
     bases: Literal["uniform", "sparse", "very sparse"] = option("uniform", "distribution of the frozen bases", paper="uniform")
     save_bases: bool = option(True, "write the bases into the file, which PEFT needs; false: draw them again from the seed")
 
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "RANDLORA", {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"},
-        ("r", "randlora_alpha", "randlora_dropout", "projection_prng_key", "save_projection", "sparse", "very_sparse"),
+    delta = RandLoRADelta
+    peft = PeftFormat(
+        "RANDLORA", {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"}, {"r": "rank", "save_projection": "save_bases"},
+        unread={"randlora_dropout": 0.0}, others=("randlora_alpha", "projection_prng_key", "sparse", "very_sparse"),
     )  # fmt: skip
 
     def shared(self, targets: Sequence[Target], seed: int) -> Bases:
@@ -113,19 +110,13 @@ class RandLoRA(DeltaConfig):
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         return alpha / self.rank / math.sqrt(math.ceil(min(target.shape) / self.rank))
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> RandLoRADelta:
-        assert isinstance(shared, Bases)
-        check_rank(layout["rank"], target)
-        return RandLoRADelta(target, layout, shared)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         smallest = min(out_features, in_features)
         return math.ceil(smallest / self.rank) * (self.rank + smallest)
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
         sparse = {"sparse": self.bases == "sparse", "very_sparse": self.bases == "very sparse"}
-        return {"r": self.rank, "randlora_alpha": self.rank, "randlora_dropout": 0.0, "projection_prng_key": adapter.seed,
-                "save_projection": self.save_bases, **sparse}  # fmt: skip
+        return {**super().to_peft(adapter), "randlora_alpha": self.rank, "projection_prng_key": adapter.seed, **sparse}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:

@@ -12,36 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import PLAIN
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 
 class RoAdDelta(Delta):
     """``theta`` and ``alpha`` [n out / 2], n = 1, 2 or 4 for a pair."""
 
-    def __init__(self, target: Target, group: int, each: int):
-        super().__init__(target)
-        self.group, self.each = group, each
-        size = each * (target.shape[0] // 2)
-        self.theta = nn.Parameter(torch.zeros(size, dtype=target.dtype))
-        self.alpha = nn.Parameter(torch.ones(size, dtype=target.dtype))
+    config: RoAd
 
-    @property
-    def layout(self) -> Layout:
-        return {"group": self.group}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.group, self.each = layout["group"], EACH[self.config.variant]
+        size = self.each * (self.target.shape[0] // 2)
+        self.theta = nn.Parameter(torch.zeros(size, dtype=self.target.dtype))
+        self.alpha = nn.Parameter(torch.ones(size, dtype=self.target.dtype))
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """What an output, and what its partner is multiplied by, in PEFT's order of the parameters."""
@@ -84,26 +79,20 @@ class RoAd(DeltaConfig):
     variant: Literal["road_1", "road_2", "road_4"] = option("road_1", "angles and lengths for each pair: 1, 2 or 4")
     group: int = option(64, "outputs of a group; at each target the largest even size up to it that divides them", low=2)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat("ROAD", {"theta": "road_theta", "alpha": "road_alpha"}, ("variant", "group_size"))
+    kinds = LINEAR_KINDS
+    delta = RoAdDelta
+    peft = PeftFormat("ROAD", {"theta": "road_theta", "alpha": "road_alpha"}, {"variant": "variant", "group_size": "group"})
 
     def layout_at(self, target: Target) -> Layout:
         if target.shape[0] < 2:
             raise GraftError(f"{target} has one output, and a rotation takes two; narrow the targets.")
         return {"group": 2 * largest_divisor(target.shape[0] // 2, self.group // 2)}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> RoAdDelta:
-        return RoAdDelta(target, layout["group"], EACH[self.variant])
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return 2 * EACH[self.variant] * (out_features // 2)
 
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {"variant": self.variant, "group_size": self.group}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        return cls(variant=config["variant"], group=config["group_size"]), {name: {"group": config["group_size"]} for name in shapes}
+    def layout_from_peft(self, target: Target, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Layout:
+        return {"group": self.group}
 
 
 catalogue.register(

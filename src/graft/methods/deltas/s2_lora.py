@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +52,13 @@ def _names(target: Target) -> tuple[str, str]:
 class S2LoRADelta(Factored):
     """``s`` [r]; the pair belongs to the adapter."""
 
-    pairs: SharedPairs
+    shared: SharedPairs
 
-    def __init__(self, target: Target, rank: int, pairs: SharedPairs):
-        super().__init__(target)
-        self.refer(pairs=pairs)
-        self.s = nn.Parameter(torch.zeros(rank, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.s)}
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.s = nn.Parameter(torch.zeros(layout["rank"], dtype=self.target.dtype))
 
     def product(self) -> tuple[Tensor, Tensor]:
-        B, A = self.pairs.pair(self.target)
+        B, A = self.shared.pair(self.target)
         return B * self.s, A
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -104,7 +97,8 @@ class S2LoRA(DeltaConfig):
     sparsity: float = option(1e-2, "weight l of the weights' 1-norm", low=0)
     orthogonality: float = option(0.1, "weight o of the orthogonality term", paper="AdaLoRA: 0.1..0.5", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = S2LoRADelta
 
     def callbacks(self) -> list[Callback]:
         return [Sparsity(self)]
@@ -114,10 +108,6 @@ class S2LoRA(DeltaConfig):
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> S2LoRADelta:
-        assert isinstance(shared, SharedPairs)
-        return S2LoRADelta(target, layout["rank"], shared)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features + 1)

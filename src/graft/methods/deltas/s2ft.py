@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError
 from graft.core.target import Target
+from graft.methods.families.factored import PLAIN
 
 if TYPE_CHECKING:
     from graft.core.calibration import Calibration
@@ -39,20 +40,13 @@ class S2FTDelta(Delta):
     not_saved = frozenset({"index"})
     index: Tensor
 
-    def __init__(self, target: Target, layout: Layout):
-        super().__init__(target)
-        self.columns = layout["columns"]
-        out_features, in_features = target.shape
-        index = torch.tensor(layout["index"])
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        (out_features, in_features), self.columns, index = self.target.shape, layout["columns"], torch.tensor(layout["index"])
         if index.min() < 0 or index.max() >= (in_features if self.columns else out_features) or len(torch.unique(index)) < len(index):
-            raise GraftError(f"the channels chosen for {target.name} lie outside its weight or repeat; the adapter is broken.")
+            raise GraftError(f"the channels chosen for {self.target.name} lie outside its weight or repeat; the adapter is broken.")
         self.register_buffer("index", index)
         shape = (out_features, len(index)) if self.columns else (len(index), in_features)
-        self.slice = nn.Parameter(torch.zeros(shape, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"columns": self.columns, "index": self.index.tolist()}
+        self.slice = nn.Parameter(torch.zeros(shape, dtype=self.target.dtype))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self.target.weight().to(self.slice.dtype).index_add(1 if self.columns else 0, self.index, self.slice), self.target.bias
@@ -80,7 +74,8 @@ class S2FT(DeltaConfig):
     select: Literal["random", "weight", "activation"] = option("random", "units by chance, or by the norm of weights or activations")
     smallest: bool = option(False, "take the units with the smallest norm instead of the largest")
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    kinds = PLAIN
+    delta = S2FTDelta
 
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Calibration | None) -> dict[str, Layout]:
         shares = {"down": self.down, "up": self.up, "o": self.o, "v": self.v}
@@ -128,9 +123,6 @@ class S2FT(DeltaConfig):
                 raise GraftError("select='activation' ranks inputs, so it fits down and o; use 'weight' or 'random' for up and v.")
             norms = {name: moment.diagonal() for name, moment in calibration.covariances(targets).items()}
         return torch.cat([norms[t.name].cpu().reshape(-1, widths[t.name]).sum(1) for t in targets])
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> S2FTDelta:
-        return S2FTDelta(target, layout)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """At a down projection; the other roles have their own shares."""

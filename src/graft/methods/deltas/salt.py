@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,35 +32,31 @@ from graft.numerics.svd import truncated_svd
 class SALTDelta(Rebuilt, Factored):
     """``alpha`` and ``beta`` [rho], X and Y, between frozen U [out, k], S [k] and V [k, in]."""
 
+    config: SALT
     U: Tensor
     S: Tensor
     V: Tensor
 
-    def __init__(self, target: Target, layout: Layout, relu_scope: str, save: bool, generator: torch.Generator):
-        super().__init__(target)
-        self.relu_scope, scaled, rank, dtype = relu_scope, layout["scaled"], layout["rank"], target.dtype
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, scaled, rank, dtype = self.target, layout["scaled"], layout["rank"], self.target.dtype
         check_rank(rank, target)
         check_rank(scaled or 1, target, "scaled")
         U, S, V = truncated_svd(target.weight().to(dtype), min(target.shape))
-        self.freeze_factors(save, U=U, S=S, V=V)
+        self.freeze_factors(self.config.save_bases, U=U, S=S, V=V)
         self.alpha, self.beta = nn.Parameter(torch.ones(scaled, dtype=dtype)), nn.Parameter(torch.zeros(scaled, dtype=dtype))
         self.X = nn.Parameter(0.01 * torch.randn(len(S) - scaled, rank, generator=generator).to(dtype))
         self.Y = nn.Parameter(torch.zeros(rank, len(S) - scaled, dtype=dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"scaled": len(self.alpha), "rank": len(self.Y)}
 
     def change(self) -> Tensor:
         """What the leading singular values [rho] grow by."""
         S = self.S[: len(self.alpha)]
         scaled = self.alpha * S + self.beta
-        return (scaled if self.relu_scope == "none" else scaled.relu()) - S
+        return (scaled if self.config.relu_scope == "none" else scaled.relu()) - S
 
     def product(self) -> tuple[Tensor, Tensor]:
         scaled = len(self.alpha)
         B, A = self.U[:, scaled:] @ self.X, self.Y @ self.V[scaled:]
-        if self.relu_scope == "all":
+        if self.config.relu_scope == "all":
             S = self.S[scaled:].diag()
             B, A = self.U[:, scaled:] @ ((S + self.X @ self.Y).relu() - S), self.V[scaled:]
         return torch.cat([self.U[:, :scaled] * self.change(), B], 1), torch.cat([self.V[:scaled], A])
@@ -86,7 +82,8 @@ class SALT(DeltaConfig):
     squared: bool = option(True, "penalise squared norms; false: the norms themselves")
     save_bases: bool = save_bases()
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = SALTDelta
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,9 +99,6 @@ class SALT(DeltaConfig):
 
     def layout_at(self, target: Target) -> Layout:
         return {"scaled": self.count(target.shape), "rank": self.rank}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> SALTDelta:
-        return SALTDelta(target, layout, self.relu_scope, self.save_bases, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         shape = (out_features, in_features)

@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import Delta, DeltaConfig, Layout, PeftFormat
+from graft.core.delta import Delta, DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.kernels.sparse import scatter, sparse_linear
 
@@ -34,16 +35,21 @@ if TYPE_CHECKING:
 class SHiRADelta(Delta):
     """``values [k]`` at ``indices [k]``, flat positions in W [out, in], ascending."""
 
+    config: SHiRA
     indices: Tensor
 
-    def __init__(self, target: Target, indices: Tensor):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        count, (out_features, in_features) = layout["entries"], self.target.shape
+        if not 1 <= count <= out_features * in_features:
+            raise GraftError(f"{count} entries do not fit into {self.target.name} ({out_features} x {in_features}); lower rank or fraction.")
+        if self.config.mask == "weight":
+            indices = largest(self.target.weight().abs(), count)
+        elif self.config.mask == "struct":
+            indices = structured(self.target.shape, count)
+        else:
+            indices = torch.randperm(out_features * in_features, generator=generator)[:count].sort().values
         self.register_buffer("indices", indices)
-        self.values = nn.Parameter(torch.zeros(len(indices), dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"entries": len(self.indices)}
+        self.values = nn.Parameter(torch.zeros(count, dtype=self.target.dtype))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return scatter(self.target.weight().to(self.values.dtype), self.indices, self.values), self.target.bias
@@ -81,7 +87,11 @@ class SHiRA(DeltaConfig):
     fraction: float | None = option(None, "share of the entries, in place of rank", paper="0.01..0.02", low=0, high=1)
     mask: Literal["random", "weight", "gradient", "snip", "struct"] = option("random", "how the positions are chosen", paper="snip is best")
 
-    peft: ClassVar[PeftFormat | None] = PeftFormat("SHIRA", {"values": "shira_weight", "indices": "shira_indices"}, ("r", "mask_type", "random_seed"))
+    delta = SHiRADelta
+    peft = PeftFormat(
+        "SHIRA", {"values": "shira_weight", "indices": "shira_indices"}, {"r": "rank"}, {"entries": ("shira_weight", 0)},
+        unread={"mask_type": "random"}, others=("random_seed",),
+    )  # fmt: skip
 
     def peft_format(self) -> PeftFormat | None:
         return self.peft if self.fraction is None else None
@@ -97,16 +107,6 @@ class SHiRA(DeltaConfig):
             raise GraftError(f"mask={self.mask!r} looks at gradients; pass calibration=a few batches with labels.")
         return {t.name: {"entries": self.count(*t.shape)} for t in targets}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> SHiRADelta:
-        count, size = layout["entries"], target.shape[0] * target.shape[1]
-        if not 1 <= count <= size:
-            raise GraftError(f"{count} entries do not fit into {target.name} ({target.shape[0]} x {target.shape[1]}); lower rank or fraction.")
-        if self.mask == "weight":
-            return SHiRADelta(target, largest(target.weight().abs(), count))
-        if self.mask == "struct":
-            return SHiRADelta(target, structured(target.shape, count))
-        return SHiRADelta(target, torch.randperm(size, generator=generator)[:count].sort().values)
-
     def prepare(self, adapter: Adapter, calibration: Calibration | None) -> None:
         if self.mask not in ("gradient", "snip") or calibration is None:
             return
@@ -117,13 +117,6 @@ class SHiRA(DeltaConfig):
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.count(out_features, in_features)
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {"r": self.rank, "mask_type": "random"}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[SHiRA, dict[str, Layout]]:
-        return cls(rank=config["r"]), {name: {"entries": tensors["shira_weight"][0]} for name, tensors in shapes.items()}
 
 
 def largest(score: Tensor, count: int) -> Tensor:

@@ -9,7 +9,6 @@ W stays whole, and weight decay pulls towards the base. ``rank`` none takes all 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +26,16 @@ from graft.numerics.svd import truncated_svd
 class SVFitDelta(Rebuilt, Diagonal):
     """``d`` [r] between frozen U [out, r] and V [r, in]."""
 
+    config: SVFit
     U: Tensor
     V: Tensor
 
-    def __init__(self, target: Target, rank: int, save: bool):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, rank = self.target, layout["rank"]
         check_rank(rank, target)
         U, _, V = truncated_svd(target.weight().to(target.dtype), rank)
-        self.freeze_factors(save, U=U, V=V)
+        self.freeze_factors(self.config.save_bases, U=U, V=V)
         self.d = nn.Parameter(torch.zeros(rank, dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.d)}
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.U, self.d, self.V
@@ -52,13 +48,11 @@ class SVFit(DeltaConfig):
     rank: int | None = option(None, "singular values r that train; none: all", paper="768 (all), or 99 % of the energy", low=1)
     save_bases: bool = save_bases()
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = SVFitDelta
 
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank or min(target.shape)}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> SVFitDelta:
-        return SVFitDelta(target, layout["rank"], self.save_bases)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank or min(out_features, in_features)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,28 +34,22 @@ LOW, HIGH = 0.25, 1.75  # of the entries of G before they are scaled: positive, 
 class TLoRADelta(InputMap):
     """``E`` (one core for each factor of in), ``P`` and ``Q``; G [d, R, R] is frozen."""
 
+    config: TLoRA
     G: Tensor
 
-    def __init__(self, target: Target, layout: Layout, spread: float, generator: torch.Generator):
-        super().__init__(target)
-        inputs, outputs, ring, rank = layout["in"], layout["out"], layout["ring"], layout["rank"]
-        check_rank(rank**2, target, "rank squared")
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        inputs, outputs, ring, rank, dtype = layout["in"], layout["out"], layout["ring"], layout["rank"], self.target.dtype
+        check_rank(rank**2, self.target, "rank squared")
         G = torch.ones(len(inputs), ring, ring, dtype=torch.float64)
         if ring > 1:
             G.uniform_(LOW, HIGH, generator=generator)
         G[0] /= chain(list(G[:, None])).diagonal(dim1=1, dim2=2).sum()
-        self.register_buffer("G", G.to(target.dtype))
-        self.E = nn.ParameterList(torch.zeros(size, size, ring, ring, dtype=target.dtype) for size in inputs)
-        cores = [
-            spread / (size * math.sqrt(rank)) * torch.randn(size, rank, rank, generator=generator).to(target.dtype) for size in (*outputs, *inputs)
-        ]
+        self.register_buffer("G", G.to(dtype))
+        self.E = nn.ParameterList(torch.zeros(size, size, ring, ring, dtype=dtype) for size in inputs)
+        spreads = {size: self.config.spread / (size * math.sqrt(rank)) for size in (*outputs, *inputs)}
+        cores = [spreads[size] * torch.randn(size, rank, rank, generator=generator).to(dtype) for size in (*outputs, *inputs)]
         self.P = nn.ParameterList([torch.zeros_like(cores[0]), *cores[1 : len(outputs)]])
         self.Q = nn.ParameterList(cores[len(outputs) :])
-
-    @property
-    def layout(self) -> Layout:
-        sizes = {"in": [len(core) for core in self.Q], "out": [len(core) for core in self.P]}
-        return {**sizes, "ring": self.G.shape[-1], "rank": self.Q[0].shape[-1]}
 
     def times(self, rows: Tensor, transposed: bool = False) -> Tensor:
         ring = self.G.shape[-1]
@@ -109,7 +102,8 @@ class TLoRA(DeltaConfig):
     spread: float = option(1.0, "spread c of the residual's cores at the start", low=1e-6)
     penalty: float = option(0.0, "weight lambda of the penalty that keeps T near the identity", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = TLoRADelta
 
     def callbacks(self) -> list[Callback]:
         return [NearIdentity(self)] if self.penalty else []
@@ -117,9 +111,6 @@ class TLoRA(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         ranks = {"ring": self.ring, "rank": self.rank}
         return {"in": factors(target.shape[1], self.order), "out": factors(target.shape[0], self.order), **ranks}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> TLoRADelta:
-        return TLoRADelta(target, layout, self.spread, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         inputs, outputs = factors(in_features, self.order), factors(out_features, self.order)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,10 @@ class TriAdaptLoRADelta(Factored):
     active: Tensor
     places: Tensor
 
-    def __init__(self, target: Target, layout: Layout, generator: torch.Generator):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
         self.scale, self.sizes, rank = float(layout["scale"]), list(layout["blocks"]), sum(layout["blocks"])
-        (out_features, in_features), dtype = target.shape, target.dtype
+        check_rank(rank, self.target)
+        (out_features, in_features), dtype = self.target.shape, self.target.dtype
         A, B = (0.02 * torch.randn(shape, generator=generator) for shape in ((rank, in_features), (out_features, rank)))
         self.A, self.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
         block = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
@@ -90,7 +90,8 @@ class TriAdaptLoRA(DeltaConfig):
     interval: int = option(10, "updates between two checks", unit="updates", low=1)
     orthogonality: float = option(0.5, "weight w of the penalty", paper="0.5", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = TriAdaptLoRADelta
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,12 +113,6 @@ class TriAdaptLoRA(DeltaConfig):
         check_rank(self.rank, target)
         sizes, scale = self.sizes(target.shape), (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
         return {"rank": sum(sizes), "blocks": sizes, "scale": scale, "inactive": list(range(self.initial_rank, sum(sizes)))}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> TriAdaptLoRADelta:
-        check_rank(layout["rank"], target)
-        delta = TriAdaptLoRADelta(target, layout, generator)
-        delta.dropout = self.dropout
-        return delta
 
     def parameters(self, out_features: int, in_features: int) -> int:
         sizes = self.sizes((out_features, in_features))

@@ -12,22 +12,22 @@ that divides all their sides. PEFT's files with the k logits alone (``save_only_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import largest_divisor
 from graft.methods.families.factored import Factored, check_rank
 from graft.methods.families.groups import apart
-from graft.methods.families.peft_options import refuse_others
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -44,29 +44,24 @@ class Bank(nn.Module):
 class VBLoRADelta(Factored):
     """``logits_A`` [r, in / b, h] and ``logits_B`` [out / b, r, h]; the bank belongs to the adapter."""
 
-    bank: Bank
+    config: VBLoRA
+    shared: Bank
 
-    def __init__(self, target: Target, layout: Layout, bank: Bank, config: VBLoRA, generator: torch.Generator):
-        super().__init__(target)
-        check_rank(layout["rank"], target)
-        self.refer(bank=bank)
-        self.top, self.dropout = layout["top"], config.dropout
-        (out_features, in_features), (count, length) = target.shape, bank.vblora_vector_bank.shape
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        check_rank(layout["rank"], self.target)
+        self.top, std = layout["top"], self.config.logits_std
+        (out_features, in_features), (count, length) = self.target.shape, self.shared.vblora_vector_bank.shape
 
         def logits(*pieces: int) -> nn.Parameter:
-            return nn.Parameter((config.logits_std * torch.randn(*pieces, count, generator=generator)).to(target.dtype))
+            return nn.Parameter((std * torch.randn(*pieces, count, generator=generator)).to(self.target.dtype))
 
         self.logits_A = logits(layout["rank"], in_features // length)
         self.logits_B = logits(out_features // length, layout["rank"])
 
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.logits_A), "top": self.top}
-
     def mixtures(self, logits: Tensor) -> Tensor:
         """The pieces [..., b] of logits [..., h]."""
         top, places = logits.topk(self.top)
-        return (top.softmax(-1)[..., None] * self.bank.vblora_vector_bank.to(top)[places]).sum(-2)
+        return (top.softmax(-1)[..., None] * self.shared.vblora_vector_bank.to(top)[places]).sum(-2)
 
     def product(self) -> tuple[Tensor, Tensor]:
         A, B = self.mixtures(self.logits_A), self.mixtures(self.logits_B)
@@ -86,10 +81,13 @@ class VBLoRA(DeltaConfig):
     logits_lr: float = option(10.0, "learning rate of the logits over that of the bank", paper="10", low=0)
     dropout: float = option(0.0, "chance of dropping an input of the branch while training", low=0, high=0.99)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    kinds = LINEAR_KINDS
+    delta = VBLoRADelta
+    peft = PeftFormat(
         "VBLORA", {"logits_A": "vblora_logits_A", "logits_B": "vblora_logits_B"},
-        ("num_vectors", "vector_length", "topk", "save_only_topk_weights", "vblora_dropout", "init_vector_bank_bound", "init_logits_std"),
+        {"r": "rank", "num_vectors": "vectors", "vector_length": "length", "topk": "top", "vblora_dropout": "dropout",
+         "init_vector_bank_bound": "bank_bound", "init_logits_std": "logits_std"},
+        fixed={"bias": "none", "save_only_topk_weights": False},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -108,10 +106,6 @@ class VBLoRA(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank, "top": self.top}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> VBLoRADelta:
-        assert isinstance(shared, Bank)
-        return VBLoRADelta(target, layout, shared, self, generator)
-
     def groups(self, adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         logits = [p for delta in adapter.deltas.values() if isinstance(delta, VBLoRADelta) for p in delta.parameters()]
         return apart(super().groups(adapter, lr, weight_decay), logits, lr=lr * self.logits_lr)
@@ -129,20 +123,7 @@ class VBLoRA(DeltaConfig):
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
         assert isinstance(adapter.shared, Bank)
-        return {
-            "r": self.rank, "num_vectors": self.vectors, "vector_length": adapter.shared.vblora_vector_bank.shape[1], "topk": self.top,
-            "save_only_topk_weights": False, "vblora_dropout": self.dropout, "init_vector_bank_bound": self.bank_bound,
-            "init_logits_std": self.logits_std, "bias": "none",
-        }  # fmt: skip
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        refuse_others(config, bias="none", save_only_topk_weights=False)
-        own = cls(
-            rank=config["r"], vectors=config["num_vectors"], length=config["vector_length"], top=config["topk"], dropout=config["vblora_dropout"],
-            bank_bound=config["init_vector_bank_bound"], logits_std=config["init_logits_std"],
-        )  # fmt: skip
-        return own, {name: {"rank": own.rank, "top": own.top} for name in shapes}
+        return {**super().to_peft(adapter), "vector_length": adapter.shared.vblora_vector_bank.shape[1]}
 
 
 catalogue.register(

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families.bases import Bases, kaiming, largest
 from graft.methods.families.diagonal import Diagonal
@@ -31,21 +32,17 @@ if TYPE_CHECKING:
 class VeRADelta(Diagonal):
     """``b`` [out] and ``d`` [r]; the bases belong to the adapter."""
 
-    bases: Bases
+    config: VeRA
+    shared: Bases
 
-    def __init__(self, target: Target, rank: int, start: float, bases: Bases):
-        super().__init__(target)
-        self.refer(bases=bases)
-        self.d = nn.Parameter(torch.full((rank,), start, dtype=target.dtype))
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, rank = self.target, layout["rank"]
+        self.d = nn.Parameter(torch.full((rank,), self.config.start, dtype=target.dtype))
         self.b = nn.Parameter(torch.zeros(target.shape[0], dtype=target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.d)}
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         rank, (out_features, in_features) = len(self.d), self.target.shape
-        B, A = self.bases.leading("vera_B", out_features, rank), self.bases.leading("vera_A", rank, in_features)
+        B, A = self.shared.leading("vera_B", out_features, rank), self.shared.leading("vera_A", rank, in_features)
         return B.to(self.d), self.d, A.to(self.d)
 
     def product(self) -> tuple[Tensor, Tensor]:
@@ -66,10 +63,12 @@ class VeRA(DeltaConfig):
     start: float = option(0.1, "what every d begins at", paper="0.1", low=1e-9)
     save_bases: bool = option(False, "write the bases into the file; false: draw them again from the seed")
 
-    kinds: ClassVar[tuple[str, ...]] = PLAIN
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "VERA", {"b": "vera_lambda_b", "d": "vera_lambda_d"}, ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial")
-    )
+    kinds = PLAIN
+    delta = VeRADelta
+    peft = PeftFormat(
+        "VERA", {"b": "vera_lambda_b", "d": "vera_lambda_d"}, {"r": "rank", "d_initial": "start", "save_projection": "save_bases"},
+        unread={"vera_dropout": 0.0}, others=("projection_prng_key",),
+    )  # fmt: skip
 
     def shared(self, targets: Sequence[Target], seed: int) -> Bases:
         (out_features, in_features), generator = largest(targets), torch.Generator().manual_seed(seed)
@@ -79,23 +78,17 @@ class VeRA(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         return {"rank": self.rank}
 
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> VeRADelta:
-        assert isinstance(shared, Bases)
-        return VeRADelta(target, layout["rank"], self.start, shared)
-
     def parameters(self, out_features: int, in_features: int) -> int:
         return out_features + self.rank
 
     def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return {"r": self.rank, "projection_prng_key": adapter.seed, "save_projection": self.save_bases, "vera_dropout": 0.0,
-                "d_initial": self.start}  # fmt: skip
+        return {**super().to_peft(adapter), "projection_prng_key": adapter.seed}
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:
         if not config.get("save_projection", True):
             raise GraftError("the PEFT adapter leaves its bases out (save_projection=False); save it in PEFT with them.")
-        own = cls(rank=config["r"], start=config["d_initial"], save_bases=True)
-        return own, {name: {"rank": own.rank} for name in shapes}
+        return super().from_peft({"save_projection": True, **config}, shapes)
 
 
 catalogue.register(Method("vera", "VeRA: Vector-based Random Matrix Adaptation", "arXiv 2310.11454", "delta", "vectors on shared random bases", VeRA))

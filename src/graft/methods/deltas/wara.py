@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +32,18 @@ class WaRADelta(Factored):
     """``A`` [n, r, in/2], ``B`` [n, out/2, r] with n = 1, and ``gains`` [2]; or n = 2 pairs without gains."""
 
     gains: Tensor | None
-    transforms: Bases
+    shared: Bases
 
-    def __init__(self, target: Target, layout: Layout, transforms: Bases, generator: torch.Generator):
-        super().__init__(target)
-        self.refer(transforms=transforms)
-        self.scale = float(layout["scale"])
-        rank, pairs = layout["rank"], layout["pairs"]
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, rank, pairs = self.target, layout["rank"], layout["pairs"]
         check_rank(rank, target)
-        out_half, in_half = half(target.shape[0]), half(target.shape[1])
+        self.scale, (out_half, in_half) = float(layout["scale"]), map(half, target.shape)
         self.A = nn.Parameter(torch.stack([uniform(rank, in_half, generator, target.dtype) for _ in range(pairs)]))
         self.B = nn.Parameter(torch.zeros(pairs, out_half, rank, dtype=target.dtype))
         self.register_parameter("gains", nn.Parameter(torch.ones(2, dtype=target.dtype)) if pairs == 1 else None)
 
-    @property
-    def layout(self) -> Layout:
-        return {"rank": self.A.shape[1], "pairs": len(self.A), "scale": self.scale}
-
     def product(self) -> tuple[Tensor, Tensor]:
-        T_out, T_in = (getattr(self.transforms, f"T{size}").to(self.A).chunk(2) for size in self.target.shape)
+        T_out, T_in = (getattr(self.shared, f"T{size}").to(self.A).chunk(2) for size in self.target.shape)
         B, A = (factor.expand(2, -1, -1) for factor in (self.B, self.A))
         if self.gains is not None:
             B = B * self.gains[:, None, None]
@@ -71,7 +64,8 @@ class WaRA(DeltaConfig):
     wavelet: Literal["haar", "db2", "db4"] = option("haar", "the wavelet", paper="haar")
     factors: Literal["shared", "own"] = option("shared", "one pair for both halves with a gain each, or a pair each")
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = WaRADelta
 
     def shared(self, targets: Sequence[Target], seed: int) -> Bases:
         """The transform of every size there is, cut to the size."""
@@ -81,10 +75,6 @@ class WaRA(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         scale = 2.0 if self.alpha is None else self.alpha / self.rank
         return {"rank": self.rank, "pairs": 1 if self.factors == "shared" else 2, "scale": scale}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> WaRADelta:
-        assert isinstance(shared, Bases)
-        return WaRADelta(target, layout, shared, generator)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         pair = self.rank * (half(out_features) + half(in_features))

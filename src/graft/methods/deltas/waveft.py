@@ -13,9 +13,8 @@ from the wavelet's by up to 0.012, coif5 has 48 taps of 30), and ``use_idwt=Fals
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +22,13 @@ from torch import Tensor, nn
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.delta import DeltaConfig, Layout, PeftFormat
+from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
-from graft.core.storage import patterns
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.factored import PLAIN
 from graft.methods.families.wavelets import pywavelets
-
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
 
 Wavelet = Literal[
     "db1", "db2", "db3", "db4", "db5", "db6", "db7", "db8", "db9", "db10", "sym2", "sym3", "sym4", "sym5", "sym6", "sym7", "sym8", "sym9", "sym10",
@@ -44,36 +40,33 @@ class WaveFTDelta(Additive):
     """``c`` [n]: the coefficients at ``places`` [n] of the four quarters, flat; ``filters`` [4, 1, p + 2, p + 2] draw the quarters out."""
 
     not_saved = frozenset({"places", "filters"})
+    config: WaveFT
     places: Tensor
     filters: Tensor
 
-    def __init__(self, target: Target, layout: Layout, wavelet: str):
-        super().__init__(target)
-        self._layout, count, (out_features, in_features) = layout, layout["count"], target.shape
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        self.scale, count, (out_features, in_features) = float(layout["scale"]), layout["count"], self.target.shape
         if not 1 <= count <= out_features * in_features:
             raise GraftError(
-                f"count is {count}, but {target.name} is {out_features} x {in_features}: choose 1 to {out_features * in_features}, or other targets."
+                f"count is {count}, but {self.target.name} is {out_features} x {in_features}: choose 1 to {out_features * in_features}, "
+                "or other targets."
             )
-        low, high = taps(wavelet)
+        low, high = taps(self.config.wavelet)
         filters = torch.stack([torch.outer(down, across) for across in (low, high) for down in (low, high)])
         places = torch.randperm(out_features * in_features, generator=torch.Generator().manual_seed(layout["seed"]))[:count]
-        self.quarter = height, width = [(size + len(low) - 1) // 2 for size in target.shape]  # half of the padded sides, made even
+        self.quarter = height, width = [(size + len(low) - 1) // 2 for size in self.target.shape]  # half of the padded sides, made even
         rows = places // in_features + (2 * height - out_features) // 2  # the places lie in the middle of C
         columns = places % in_features + (2 * width - in_features) // 2
         places = ((2 * (rows // height) + columns // width) * height + rows % height) * width + columns % width
-        self.c = nn.Parameter(torch.zeros(count, dtype=target.dtype))
+        self.c = nn.Parameter(torch.zeros(count, dtype=self.target.dtype))
         self.register_buffer("places", places)
-        self.register_buffer("filters", filters[:, None].to(target.dtype))
-
-    @property
-    def layout(self) -> Layout:
-        return dict(self._layout)
+        self.register_buffer("filters", filters[:, None].to(self.target.dtype))
 
     def update(self) -> Tensor:
         (out_features, in_features), cut = self.target.shape, self.filters.shape[-1] - 2
         quarters = self.c.new_zeros(4 * math.prod(self.quarter)).index_put((self.places,), self.c).view(1, 4, *self.quarter)
         plane: Tensor = F.conv_transpose2d(quarters, self.filters, stride=2)[0, 0]
-        return plane[cut : cut + out_features, cut : cut + in_features] * float(self._layout["scale"])
+        return plane[cut : cut + out_features, cut : cut + in_features] * self.scale
 
 
 def taps(wavelet: str) -> tuple[Tensor, Tensor]:
@@ -91,35 +84,19 @@ class WaveFT(DeltaConfig):
     wavelet: Wavelet = option("db1", "the wavelet; db1 is Haar's", paper="db1")  # noqa: RUF009 - a Literal by its name
     places_seed: int = option(777, "what the places are drawn from", low=0)
 
-    kinds: ClassVar[tuple[str, ...]] = PLAIN
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    kinds = PLAIN
+    delta = WaveFTDelta
+    peft = PeftFormat(
         "WAVEFT", {"c": "waveft_spectrum"},
-        ("n_frequency", "n_frequency_pattern", "scaling", "wavelet_family", "use_idwt", "random_loc_seed", "proportional_parameters"),
+        {"n_frequency": "count", "scaling": "scale", "wavelet_family": "wavelet", "random_loc_seed": "places_seed"},
+        {"count": ("waveft_spectrum", 0)}, {"n_frequency_pattern": "count"}, fixed={"use_idwt": True}, unread={"proportional_parameters": False},
     )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
-        return self._layout(self.count)
-
-    def _layout(self, count: int) -> Layout:
-        return {"count": count, "scale": self.scale, "seed": self.places_seed}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> WaveFTDelta:
-        return WaveFTDelta(target, layout, self.wavelet)
+        return {"count": self.count, "scale": self.scale, "seed": self.places_seed}
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.count
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        count, pattern = patterns({name: delta.layout["count"] for name, delta in adapter.deltas.items() if isinstance(delta, WaveFTDelta)})
-        return {"n_frequency": count, "n_frequency_pattern": pattern, "scaling": self.scale, "wavelet_family": self.wavelet, "use_idwt": True,
-                "random_loc_seed": self.places_seed, "proportional_parameters": False}  # fmt: skip
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[Self, dict[str, Layout]]:
-        if not config.get("use_idwt", True):
-            raise GraftError("the PEFT adapter uses use_idwt=False, entries without a wavelet, which Graft does not have; train a SHiRA instead.")
-        own = cls(count=config["n_frequency"], scale=config["scaling"], wavelet=config["wavelet_family"], places_seed=config["random_loc_seed"])
-        return own, {name: own._layout(tensors["waveft_spectrum"][0]) for name, tensors in shapes.items()}
 
 
 catalogue.register(

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.core.delta import Delta, Layout, Pair, PeftFormat
+from graft.core.delta import Delta, Layout, Pair
 from graft.core.errors import GraftError
+from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.kernels.lora import LowRankMap, lora_linear, lora_linears
 
@@ -28,7 +29,10 @@ PLAIN = ("linear", "conv1d")  # kinds of targets that are one matrix product
 class Factored(Delta):
     """A delta with a low-rank product; subclasses define :meth:`product`. Where dW is more than it, they also answer :meth:`factors`."""
 
-    dropout: float = 0.0  # probability of dropping an input of the branch while training
+    @property
+    def dropout(self) -> float:
+        """The chance of dropping an input of the branch while training, for methods that have such an option."""
+        return getattr(self.config, "dropout", 0.0)
 
     def product(self) -> tuple[Tensor, Tensor]:
         """``(B [out, r], A [r, in])``, effective scale folded in."""
@@ -89,18 +93,23 @@ class LowRank(Factored):
     A0: Tensor | None
     B0: Tensor | None
 
-    def __init__(self, target: Target, rank: int, scale: float, generator: torch.Generator, dropout: float = 0.0):
-        super().__init__(target)
-        self.scale, self.dropout = scale, dropout
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        target, rank = self.target, layout["rank"]
         check_rank(rank, target)
+        self.scale = float(layout["scale"])
         out_features, in_features = target.shape
         A, B = uniform(rank, in_features, generator, target.dtype), torch.zeros(out_features, rank, dtype=target.dtype)
         if target.kind == "embedding":
             A, B = torch.zeros_like(A), torch.randn(B.shape, generator=generator).to(target.dtype)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.register_buffer("active", torch.ones(rank, dtype=torch.bool))
-        self.register_buffer("A0", None)
-        self.register_buffer("B0", None)
+        active = torch.ones(rank, dtype=torch.bool)
+        active[layout["inactive"]] = False
+        self.register_buffer("active", active)
+        frozen: int = layout["frozen"]
+        if frozen:
+            check_rank(frozen, target)
+        self.register_buffer("A0", A.new_zeros(frozen, in_features) if frozen else None)
+        self.register_buffer("B0", B.new_zeros(out_features, frozen) if frozen else None)
 
     @property
     def rank(self) -> int:
@@ -111,14 +120,6 @@ class LowRank(Factored):
     def layout(self) -> Layout:
         inactive = torch.nonzero(~self.active).flatten().tolist()
         return {"rank": self.rank, "scale": self.scale, "frozen": 0 if self.A0 is None else len(self.A0), "inactive": inactive}
-
-    def use_layout(self, layout: Layout) -> None:
-        """Takes the structure of a saved delta; its tensors follow by :meth:`restore`."""
-        self.scale = float(layout["scale"])
-        self.active[layout["inactive"]] = False
-        if layout["frozen"]:
-            check_rank(layout["frozen"], self.target)
-            self.A0, self.B0 = self.A.new_zeros(layout["frozen"], self.A.shape[1]), self.B.new_zeros(len(self.B), layout["frozen"])
 
     def acting(self) -> tuple[Tensor, Tensor]:
         """``(B, A)`` as they act: what a method makes of the trained pair before anything else."""

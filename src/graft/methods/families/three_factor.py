@@ -22,28 +22,25 @@ FACTORS = ("B", "N", "A")
 
 
 class ThreeFactor(Rebuilt, Factored):
-    """``trained`` names the factors that are parameters; the others, and the start that is subtracted, are frozen."""
+    """The factors that ``config.trained`` names are parameters; the others, and the start that is subtracted, are frozen."""
 
+    config: ThreeFactorConfig
     B: Tensor
     N: Tensor
     A: Tensor
 
-    def __init__(self, target: Target, layout: Layout, factors: Sequence[Tensor], trained: str, save: bool = True):
-        super().__init__(target)
+    def make(self, layout: Layout, generator: torch.Generator) -> None:
+        check_rank(layout["rank"], self.target)
         self.scale, self.subtracted = float(layout["scale"]), bool(layout["subtracted"])
         frozen = {}
-        for name, value in zip(FACTORS, factors, strict=True):
-            if name not in trained:
+        for name, value in zip(FACTORS, self.config.start(self.target, layout["rank"], generator), strict=True):
+            if name not in self.config.trained:
                 frozen[name] = value
                 continue
-            setattr(self, name, nn.Parameter(value.to(target.dtype, copy=True).contiguous()))  # a copy: it may be a piece of W
+            setattr(self, name, nn.Parameter(value.to(self.target.dtype, copy=True).contiguous()))  # a copy: it may be a piece of W
             if self.subtracted:
                 frozen[f"{name}0"] = value
-        self.freeze_factors(save, **frozen)
-
-    @property
-    def layout(self) -> Layout:
-        return {"rank": len(self.N), "scale": self.scale, "subtracted": self.subtracted}
+        self.freeze_factors(self.config.saves_frozen, **frozen)
 
     def product(self) -> tuple[Tensor, Tensor]:
         B, A = self.B @ self.N * self.scale, self.A
@@ -61,10 +58,10 @@ class ThreeFactorConfig(DeltaConfig):
     rank: int = option(8, "rank r of the update", low=1)
     alpha: float | None = option(None, "numerator of the scale alpha / r; none: the rank", low=1e-6)
 
-    kinds: ClassVar[tuple[str, ...]] = LINEAR_KINDS
+    kinds = LINEAR_KINDS
+    delta = ThreeFactor
     trained: ClassVar[str] = "BNA"
     subtracted: ClassVar[bool] = False  # whether the start is not zero, so that it has to be taken off
-    delta: ClassVar[type[ThreeFactor]] = ThreeFactor
 
     def start(self, target: Target, rank: int, generator: torch.Generator) -> Sequence[Tensor]:
         """B [out, r], N [r, r] and A [r, in] before training."""
@@ -78,10 +75,6 @@ class ThreeFactorConfig(DeltaConfig):
     def layout_at(self, target: Target) -> Layout:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         return {"rank": self.rank, "scale": scale, "subtracted": self.subtracted}
-
-    def build(self, target: Target, layout: Layout, shared: nn.Module | None, generator: torch.Generator) -> ThreeFactor:
-        check_rank(layout["rank"], target)
-        return self.delta(target, layout, self.start(target, layout["rank"], generator), self.trained, self.saves_frozen)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         sizes = {"B": self.rank * out_features, "N": self.rank**2, "A": self.rank * in_features}
