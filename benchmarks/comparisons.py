@@ -48,11 +48,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def arithmetic(source: Path, folder: Path) -> Path:
-    """Questions with their rationale as what is to be written; the held-out ones are multiarith's, with the bare number."""
+    """Questions with their rationale as what is to be written, where there is one; the held-out ones are multiarith's, with the bare number."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, name, answer in (("train", "math-rationales", "rationale"), ("test", "multiarith", "answer")):
         found = lines(source / name / f"{split}.jsonl")
-        rows = [{"prompt": row["prompt"].strip(), "answer": row[answer].removeprefix("\nA:").strip()} for row in found]
+        rows = [{"prompt": row["prompt"].strip(), "answer": row.get(answer, "").removeprefix("\nA:").strip()} for row in found]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["answer"]), encoding="utf-8")
     return folder
 
