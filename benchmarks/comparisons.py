@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "imdb-minilm": {**MINILM, "data": "reviews", "steps": 80, "batch_size": 8, "max_length": 96},
     "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
     "low-rank": {**SMOLLM2, "data": "sst-2", "max_length": 96, "methods": None, "lrs": [3e-4, 3e-3, 3e-2]},
-    "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "batch_size": 4, "max_length": 224, "test_rows": 60, "match": "number"},
+    "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "batch_size": 4, "max_length": 384, "test_rows": 60, "match": "number"},
 }
 
 

@@ -70,3 +70,27 @@ def test_a_dtype_without_a_choice_is_not_measured(tmp_path: Path, monkeypatch: p
     assert rates.use_measured(torch.bfloat16) is None
     assert asked == []
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_goes_on_with_the_rates_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measured(monkeypatch)
+    before = [1.0, 1000.0, 1000.0, 1000.0]
+    assert rates.use_measured(torch.float32, before=before) == plan.Rates((1.0, 1000.0, 1000.0, 1000.0))
+    assert asked == []
+    assert rates.use_measured(torch.float32, before=before[:2]) is not None  # no rates: this machine's
+    assert asked == [torch.float32]
+
+
+def test_what_another_process_found_meanwhile_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates.use_measured(torch.float32)
+    file = tmp_path / "cache" / rates.FILE
+    (key,) = json.loads(file.read_text())
+    file.unlink()
+
+    def slow(dtype: torch.dtype, device: str) -> plan.Rates:
+        file.write_text(json.dumps({key: [4.0, 3.0, 2.0, 1.0], "another key": [1.0, 1.0, 1.0, 1.0]}))
+        return plan.Rates((1.0, 2.0, 3.0, 4.0))
+
+    monkeypatch.setattr(rates, "measure", slow)
+    assert rates.use_measured(torch.float32) == plan.Rates((4.0, 3.0, 2.0, 1.0))
+    assert json.loads(file.read_text()) == {key: [4.0, 3.0, 2.0, 1.0], "another key": [1.0, 1.0, 1.0, 1.0]}

@@ -34,6 +34,7 @@ from graft.core.target import find_targets
 from graft.data.batching import BucketedOrder, DataOrder, packing_collator, packs, real_tokens
 from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
+from graft.kernels.plan import use_rates
 from graft.models import load
 from graft.training import checkpoint, distributed
 from graft.training.config import FitConfig
@@ -94,9 +95,11 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
         if config.pack and not pack:
             raise GraftError(f"{config.model} cannot tell examples that share a row apart, so their losses would be wrong; leave pack out.")
         fused = fuse(model) if config.fuse else None
-        use_measured(getattr(torch, config.dtype), "cpu" if distributed.on_cpu() else "cuda")
+        dtype, device = getattr(torch, config.dtype), "cpu" if distributed.on_cpu() else "cuda"
+        rates = use_measured(dtype, device, json.loads((folder / RUN).read_text()).get("rates") if start else None)
         keep_freed()
-
+    rates = distributed.gather(rates)[0]
+    use_rates(rates, dtype, device)  # the same on every process
     if config.shard:
         distributed.shard(model, adapter)
     record = _Recorder(folder / METRICS, progress, partial(look, adapter, tokenizer) if look else None)
@@ -111,7 +114,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     with distributed.together():
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            write_folder(folder, {RUN: to_json({"config": config.model_dump(), "processes": distributed.world_size(), "state": "running"})})
+            began_with = {"processes": distributed.world_size(), "rates": rates.values if rates else None}
+            write_folder(folder, {RUN: to_json({"config": config.model_dump(), **began_with, "state": "running"})})
     torch.manual_seed(config.seed + distributed.rank())  # dropout differs between processes, and nothing else is drawn from here
     setup = time.perf_counter() - began
     with warnings.catch_warnings():

@@ -15,14 +15,19 @@ from graft.models import cache_folder
 FILE = "rates.json"
 
 
-def use_measured(dtype: torch.dtype, device: str = "cpu") -> Rates | None:
-    """Lets the planner choose by this machine's rates, which are measured if they were not yet; None for a dtype that has no choice."""
+def use_measured(dtype: torch.dtype, device: str = "cpu", before: Any = None) -> Rates | None:
+    """Lets the planner choose by this machine's rates, which are measured if they were not yet; None for a dtype that has no choice.
+
+    ``before`` are the values that a run began with: it must go on with the same choices to end with the same bits.
+    """
     if dtype not in EXACT:
         return None
-    kept, key = _kept(), _key(dtype, device)
-    rates = _valid(kept.get(key))
+    key = _key(dtype, device)
+    rates = _valid(before) or _valid(_kept().get(key))
     if rates is None:
-        rates = measure(dtype, device)
+        measured = measure(dtype, device)
+        kept = _kept()  # again: another process may have measured meanwhile, and what the first found holds for all
+        rates = _valid(kept.get(key)) or measured
         cache_folder().mkdir(parents=True, exist_ok=True)
         write_folder(cache_folder(), {FILE: to_json({**kept, key: rates.values})})
     use_rates(rates, dtype, device)
