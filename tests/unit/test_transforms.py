@@ -84,13 +84,14 @@ def test_cayley_is_orthogonal_and_starts_at_the_identity(n: int, seed: int) -> N
     torch.testing.assert_close(cayley(torch.zeros_like(Q)), identity)
 
 
-def test_householder_is_the_product_of_its_reflections() -> None:
-    v = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_householder_is_the_product_of_its_reflections(count: int) -> None:
+    U = torch.nn.functional.normalize(torch.randn(6, count, dtype=torch.float64), dim=0).requires_grad_(True)
     wanted = torch.eye(6, dtype=torch.float64)
-    for u in v:
-        wanted = wanted @ (torch.eye(6, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u))
-    torch.testing.assert_close(householder(v), wanted)
-    torch.autograd.gradcheck(householder, v)
+    for u in U.T:
+        wanted = wanted @ (torch.eye(6, dtype=torch.float64) - 2 * torch.outer(u, u))
+    torch.testing.assert_close(torch.eye(6, dtype=torch.float64) - U @ householder(U), wanted)
+    torch.autograd.gradcheck(householder, U)
 
 
 def test_blocks_on_the_diagonal() -> None:

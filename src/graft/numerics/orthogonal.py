@@ -1,4 +1,4 @@
-"""Orthogonal maps from few parameters: Cayley transforms, Householder reflections, butterfly permutations."""
+"""Orthogonal maps from few parameters: Cayley transforms, Householder reflections, blocks."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     return R
 
 
-def householder(vectors: Tensor) -> Tensor:
-    """The product ``H_1 H_2 ... H_k`` with ``H_i = I - 2 u_i u_i^T / u_i^T u_i`` of the rows of ``vectors [k, n]``, as a matrix ``[n, n]``."""
-    unit = torch.nn.functional.normalize(vectors, dim=1)
-    product = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-    for u in unit:
-        product = product - 2 * torch.outer(product @ u, u)
-    return product
+def householder(units: Tensor) -> Tensor:
+    """The product of reflections ``H_1 H_2 ... H_r = I - U V``, ``H_i = I - 2 u_i u_i^T``, of unit vectors, the columns of ``U [n, r]``.
+
+    Returns ``V = T U^T [r, n]``, where ``T^-1 = I / 2 + the strict upper triangle of U^T U``.
+    """
+    inverse = torch.triu(units.mT @ units, 1) + 0.5 * torch.eye(units.shape[1], dtype=units.dtype, device=units.device)
+    V: Tensor = torch.linalg.solve_triangular(inverse, units.mT, upper=True)
+    return V
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:

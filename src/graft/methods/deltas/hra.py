@@ -26,6 +26,7 @@ from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import uniform
 from graft.methods.families.multiplicative import InputMap
+from graft.numerics.orthogonal import householder
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -43,19 +44,15 @@ class HRADelta(InputMap):
         """U [in, r]."""
         return torch.nn.functional.normalize(self.u, dim=0)
 
-    def update(self) -> tuple[Tensor, Tensor]:
-        """U [in, r] and T U^T [r, in]."""
-        U = self.unit()
-        inverse = torch.triu(U.T @ U, 1) + 0.5 * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-        return U, torch.linalg.solve_triangular(inverse, U.T, upper=True)
-
     def times(self, rows: Tensor, transposed: bool = False) -> Tensor:
-        U, V = self.update()
+        U = self.unit()
+        V = householder(U)
         left, right = (V.T, U.T) if transposed else (U, V)
         return rows - rows.to(U.dtype) @ left @ right
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        U, V = self.update()
+        U = self.unit()
+        V = householder(U)
         return -self.target.weight().to(U.dtype) @ U, V
 
 
