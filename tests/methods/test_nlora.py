@@ -94,12 +94,6 @@ def test_small_directions_of_the_corner_are_not_inverted() -> None:
     assert delta.N.abs().max() < 1.5
 
 
-@pytest.mark.parametrize("method", ["nystrom-lora", "int-tune"])
-def test_a_cutoff_without_an_inverse_is_refused(method: str) -> None:
-    with pytest.raises(graft.GraftError, match=r"cutoff is 0\.5, but core = 'raw' inverts nothing"):
-        graft.attach(layer(), method, rank=3, cutoff=0.5)
-
-
 def test_int_tune_trains_the_core_alone() -> None:
     model = layer()
     adapter = graft.attach(model, "int-tune", rank=4)

@@ -150,8 +150,3 @@ def test_without_a_penalty_there_is_no_callback() -> None:
 def test_more_than_the_matrix_has_is_refused() -> None:
     with pytest.raises(graft.GraftError, match=r"scaled is 7.*6 x 9"):
         salt(layer(), scaled=7)
-
-
-def test_norms_without_a_penalty_are_refused() -> None:
-    with pytest.raises(graft.GraftError, match="give a penalty above 0"):
-        graft.attach(layer(), "salt", squared=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, Literal
 
@@ -88,6 +89,23 @@ def test_settings_are_the_way_back(**values: Any) -> None:
 def test_configs_do_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         Sample().count = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "unused"),
+    [
+        ("nystrom-lora", {"cutoff": 0.5}, "cutoff is 0.5, but core = 'raw' inverts nothing"),
+        ("int-tune", {"cutoff": 0.5}, "cutoff is 0.5, but core = 'raw' inverts nothing"),
+        ("salt", {"squared": False}, "squared is False, but there is no penalty"),
+        ("loca", {"share": 0, "place_lr": 1e-3}, "place_lr is 0.001, but with share = 0 places stay as drawn"),
+        ("loca", {"share": 0, "value_updates": 3}, "value_updates is 3, but with share = 0"),
+        ("shira", {"fraction": 0.1, "rank": 3}, "rank is 3, but fraction says how many entries there are"),
+        ("s2ft", {"smallest": True}, "smallest is True, but select = 'random' looks at no norms"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(method: str, settings: dict[str, Any], unused: str) -> None:
+    with pytest.raises(graft.GraftError, match=re.escape(unused)):
+        graft.methods()[method].recipe(**settings)
 
 
 def test_options_describe_themselves() -> None:

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from graft.cli import compare, convert, evaluate, fit, generate, inspect, merge, methods, quickstart
+from graft.cli import compare, convert, evaluate, fit, generate, inspect, merge, methods, quickstart, show
 
 
 class _OneSentence(TyperGroup):
@@ -22,7 +22,8 @@ class _OneSentence(TyperGroup):
         from graft.core.errors import GraftError, ToldElsewhere
 
         try:
-            return super().invoke(ctx)
+            with show.followed():
+                return super().invoke(ctx)
         except GraftError as error:
             if not isinstance(error, ToldElsewhere):
                 print(f"graft: {error}", file=sys.stderr)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +41,27 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def followed() -> Iterator[None]:
+    """Bars for what the library does before it gets to a command's own work, where that takes more than a second."""
+    from graft.core.progress import watched
+
+    bars, began, bar = ExitStack(), 0.0, None
+
+    def watch(what: str, done: int, total: int) -> None:
+        nonlocal began, bar
+        if done in (0, total):
+            bars.close()
+            began, bar = time.monotonic(), None
+        elif bar is None and time.monotonic() - began > 1:
+            bar = bars.enter_context(progress(what))
+        if bar is not None:
+            bar(done, total)
+
+    with bars, watched(watch):
+        yield
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from graft.core.catalogue import Recipe, catalogue, compose
 from graft.core.delta import Delta, DeltaConfig, Layout, Pair, Part
 from graft.core.errors import GraftError, nearest
 from graft.core.hashing import fingerprint, is_whole
+from graft.core.progress import followed
 from graft.core.slot import share_inputs, slot_of
 from graft.core.target import Target, TargetSpec, all_targets, find_targets
 
@@ -371,9 +372,10 @@ def build(
         raise GraftError(f"the adapter name {name!r} may hold letters, digits, '-' and '_' only.")
     if name in adapters_of(model):
         raise GraftError(f"an adapter named {name!r} is attached already; choose another name or detach it first.")
-    shared = recipe.delta.shared(targets, seed)
+    config, shared = recipe.delta, recipe.delta.shared(targets, seed)
     deltas = {
-        target.name: recipe.delta.delta(target, layouts[target.name], recipe.delta, shared, _generator(seed, target.name)) for target in targets
+        target.name: config.delta(target, layouts[target.name], config, shared, _generator(seed, target.name))
+        for target in followed(targets, "making the adapter")
     }
     heads = _whole_modules(model, modules_to_save, set(deltas))
     adapter = Adapter(name, model, recipe, {**deltas, **heads}, shared, seed)

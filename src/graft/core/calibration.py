@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import GraftError
+from graft.core.progress import followed
 from graft.core.target import Target
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -58,7 +59,7 @@ class Calibration:
         Padding never counts; with ``labelled`` only the positions with a label (not -100) do, where there are such labels.
         """
         waiting = {target.name for target in targets}
-        for batch in self.batches:
+        for batch in followed(self.batches, "calibrating"):
             if not waiting:
                 return
             mask = _token_mask(batch, labelled)
@@ -144,7 +145,7 @@ class Calibration:
 
             return hook
 
-        for batch in self.batches:
+        for batch in followed(self.batches, "calibrating"):
             with evaluating(self.model), torch.enable_grad(), ExitStack() as hooks:
                 for target in targets:
                     hooks.enter_context(_removing(target.module.register_forward_hook(hear(target))))

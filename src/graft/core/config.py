@@ -49,6 +49,13 @@ class Config:
         for item, kind in _fields(type(self)):
             object.__setattr__(self, item.name, _checked(type(self).__name__, item, kind, getattr(self, item.name)))
 
+    def refuse_unused(self, because: str, *names: str) -> None:
+        """Raises :class:`GraftError` where one of these options, which mean nothing as the others are, was set."""
+        for item, _ in _fields(type(self)):
+            value = getattr(self, item.name)
+            if item.name in names and value != item.default:
+                raise GraftError(f"{type(self).__name__}.{item.name} is {value!r}, but {because}; leave it out.")
+
     @classmethod
     def options(cls) -> list[OptionInfo]:
         """Every hyper-parameter with default, unit and the paper's range."""

@@ -106,6 +106,11 @@ class LoCA(DeltaConfig):
     kinds = PLAIN
     delta = LoCADelta
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.share:
+            self.refuse_unused("with share = 0 places stay as drawn", "value_updates", "place_updates", "place_lr")
+
     def callbacks(self) -> list[Callback]:
         return [Turns(self)] if self.share else []
 

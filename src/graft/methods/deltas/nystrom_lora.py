@@ -20,12 +20,9 @@ from torch import Tensor
 
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
-from graft.core.errors import GraftError
 from graft.core.target import Target
 from graft.methods.deltas.slora import SLoRA
 from graft.methods.families.rebuilt import save_bases
-
-CUTOFF = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +30,15 @@ class NystromLoRA(SLoRA):
     """Hyper-parameters of NyströmLoRA."""
 
     core: Literal["raw", "pinv"] = option("raw", "the core that N starts at: the corner block of W, or its pseudo-inverse", paper="raw")
-    cutoff: float | None = option(
-        None, "with pinv: singular values of the corner below this share of the largest count as zero; none: 0.01", low=0, high=1
-    )
+    cutoff: float = option(1e-2, "with pinv: singular values of the corner below this share of the largest count as zero", low=0, high=1)
     save_bases: bool = save_bases()
 
     subtracted = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cutoff is not None and self.core == "raw":
-            raise GraftError(f"{type(self).__name__}.cutoff is {self.cutoff}, but core = 'raw' inverts nothing; leave it out or take core = 'pinv'.")
+        if self.core == "raw":
+            self.refuse_unused("core = 'raw' inverts nothing", "cutoff")
 
     @property
     def saves_frozen(self) -> bool:
@@ -52,7 +47,7 @@ class NystromLoRA(SLoRA):
     def start(self, target: Target, rank: int, generator: torch.Generator) -> Sequence[Tensor]:
         W = target.weight().to(target.dtype)
         corner = W[:rank, :rank]
-        return W[:, :rank], corner if self.core == "raw" else torch.linalg.pinv(corner, rtol=CUTOFF if self.cutoff is None else self.cutoff), W[:rank]
+        return W[:, :rank], corner if self.core == "raw" else torch.linalg.pinv(corner, rtol=self.cutoff), W[:rank]
 
 
 catalogue.register(

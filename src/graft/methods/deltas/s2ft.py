@@ -77,6 +77,11 @@ class S2FT(DeltaConfig):
     kinds = PLAIN
     delta = S2FTDelta
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select == "random":
+            self.refuse_unused("select = 'random' looks at no norms", "smallest")
+
     def layouts(self, targets: Sequence[Target], model: nn.Module, seed: int, calibration: Calibration | None) -> dict[str, Layout]:
         shares = {"down": self.down, "up": self.up, "o": self.o, "v": self.v}
         layouts: dict[str, Layout] = {}

@@ -22,7 +22,6 @@ from graft.core.callback import Callback
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout
-from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.factored import Factored, cheaper_in_factors, check_rank
 from graft.methods.families.rebuilt import Rebuilt, save_bases
@@ -87,8 +86,8 @@ class SALT(DeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.squared and not self.penalty:
-            raise GraftError("SALT.squared is false, but there is no penalty whose norms it could mean; give a penalty above 0, or leave it out.")
+        if not self.penalty:
+            self.refuse_unused("there is no penalty", "squared")
 
     def callbacks(self) -> list[Callback]:
         return [Penalty(self)] if self.penalty else []

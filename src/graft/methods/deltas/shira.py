@@ -93,6 +93,11 @@ class SHiRA(DeltaConfig):
         unread={"mask_type": "random"}, others=("random_seed",),
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fraction is not None:
+            self.refuse_unused("fraction says how many entries there are", "rank")
+
     def peft_format(self) -> PeftFormat | None:
         return self.peft if self.fraction is None else None
 
