@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from graft.compare.answer import Answer, fraction, listed
-from graft.compare.report import HTML, MARKDOWN, disagreements, write_reports
+from graft.compare.report import HTML, MARKDOWN, disagreements, figures, styles, write_reports
 from graft.compare.results import FIELDS, Record
 from graft.data.reading import Row, Table
 
@@ -126,6 +126,19 @@ def test_markdown_has_the_answer_the_table_and_the_conditions(report: Path) -> N
     assert text.count("\n| ") == 2 + 7
     assert "sha256" in text
     assert (report / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_contender_looks_the_same_in_all_figures_and_like_no_other(tmp_path: Path) -> None:
+    names = [f"lora:rank={rank}" for rank in range(1, 30)]  # more than there are colours
+    answer = Answer([record(tmp_path, name, 0, np.ones(3), lr=1e-3) for name in names])
+    own = styles(answer)
+    assert len(set(own.values())) == len(names)
+    traces = [trace for figure in figures(answer) for trace in json.loads(figure["json"])["data"] if trace["type"] == "scatter"]
+    assert len(traces) == 5 * len(names)
+    for trace in traces:
+        colour, line = own[trace["name"]]
+        assert trace.get("line", {"color": colour, "dash": line}) == {"color": colour, "dash": line}
+        assert trace.get("marker", {"color": colour})["color"] == colour
 
 
 # ---- in the browser --------------------------------------------------------------------------------------------------------

@@ -94,28 +94,42 @@ def _size(count: int) -> str:
 # ---- figures ------------------------------------------------------------------------------------------------------------
 
 
+LINES = {"solid": "-", "dash": "--", "dot": ":"}  # Plotly's and matplotlib's names
+
+
+def styles(answer: Answer) -> dict[str, tuple[str, str]]:
+    """Colour and kind of line of every contender, the same in all figures; where the colours run out, the next kind of line begins."""
+    from plotly.colors import qualitative
+
+    colours, names = qualitative.Dark24, sorted({record["contender"] for record in answer.records})
+    return {name: (colours[i % len(colours)], list(LINES)[i // len(colours) % len(LINES)]) for i, name in enumerate(names)}
+
+
 def figures(answer: Answer) -> list[dict[str, str]]:
     """Title, text and Plotly JSON of every figure."""
     import plotly.graph_objects as go
 
     found: list[tuple[str, str, Any]] = []
+    lines = {name: {"color": colour, "dash": dash} for name, (colour, dash) in styles(answer).items()}
     for key, label, unit in COSTS:
         shown = [entry for entry in answer.entries if getattr(entry, key)]
         if shown:
-            figure = go.Figure([_point(go, answer, entry, unit * getattr(entry, key)) for entry in shown])
+            figure = go.Figure([_point(go, answer, entry, unit * getattr(entry, key), lines[entry.name]["color"]) for entry in shown])
             figure.update_xaxes(title=label, type="log")
             figure.update_yaxes(title=answer.measure)
             found.append((f"{answer.measure.capitalize()} against {label}", "Up and to the left is better. Bars are 95 % intervals.", figure))
     curves = [(record, record.curve()) for record in answer.counting if record["seed"] == 0]
     figure = go.Figure([
-        go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines", name=_short(record["contender"]))
+        go.Scatter(
+            x=[x for x, _ in points], y=[y for _, y in points], mode="lines", name=_short(record["contender"]), line=lines[record["contender"]]
+        )
         for record, points in ((record, smoothed(curve)) for record, curve in curves) if points
     ])  # fmt: skip
     figure.update_xaxes(title="update")
     figure.update_yaxes(title="training loss")
     found.append(("Learning curves", f"Training loss of seed 0 with the chosen learning rate, means of {SMOOTHED} updates.", figure))
     figure = go.Figure([
-        go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=_short(name))
+        go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=_short(name), line=lines[name])
         for name, points in searches(answer).items()
     ])  # fmt: skip
     figure.update_xaxes(title="learning rate", type="log")
@@ -146,13 +160,13 @@ def _json(figure: Any) -> str:
     return json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
 
 
-def _point(go: Any, answer: Answer, entry: Entry, x: float) -> Any:
+def _point(go: Any, answer: Answer, entry: Entry, x: float, colour: str) -> Any:
     sign = 1 if answer.measure == "accuracy" else -1
     ends = (entry.quality.low, entry.quality.high) if sign == 1 else (-entry.quality.high, -entry.quality.low)
     middle = sign * entry.quality.mean
     return go.Scatter(
         x=[x], y=[middle], name=_short(entry.name), mode="markers", text=[entry.name],
-        marker={"size": 11, "symbol": "diamond" if entry.baseline else "circle"},
+        marker={"size": 11, "symbol": "diamond" if entry.baseline else "circle", "color": colour},
         error_y={"type": "data", "array": [ends[1] - middle], "arrayminus": [middle - ends[0]], "thickness": 1},
         hovertemplate=f"<b>%{{text}}</b><br>{answer.span(entry.quality)}<br>%{{x:,.4~g}}<extra></extra>",
     )  # fmt: skip
@@ -285,19 +299,20 @@ def picture(answer: Answer) -> bytes:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    sign = 1 if answer.measure == "accuracy" else -1
+    sign, style = 1 if answer.measure == "accuracy" else -1, styles(answer)
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for axis, (key, label, unit) in zip(axes.flat, COSTS, strict=False):
         for entry in answer.entries:
             if x := unit * getattr(entry, key):
                 mean, ends = sign * entry.quality.mean, sorted((sign * entry.quality.low, sign * entry.quality.high))
                 bars = [[max(0.0, mean - ends[0])], [max(0.0, ends[1] - mean)]]
-                axis.errorbar([x], [mean], bars, fmt="D" if entry.baseline else "o", capsize=2, label=entry.name)
+                axis.errorbar([x], [mean], bars, fmt="D" if entry.baseline else "o", capsize=2, color=style[entry.name][0])
                 axis.annotate(_short(entry.name), (x, mean), xytext=(4, 4), textcoords="offset points", fontsize=8).set_in_layout(False)
         axis.set(xscale="log", xlabel=label, ylabel=answer.measure)
     for record in answer.counting:
         if record["seed"] == 0 and (points := smoothed(record.curve())):
-            axes[1, 1].plot([x for x, _ in points], [y for _, y in points], label=_short(record["contender"]))
+            colour, line = style[record["contender"]]
+            axes[1, 1].plot([x for x, _ in points], [y for _, y in points], LINES[line], color=colour, label=_short(record["contender"]))
     axes[1, 1].set(xlabel="update", ylabel="training loss")
     axes[1, 1].legend(fontsize=7, ncols=2)
     content = io.BytesIO()
