@@ -19,8 +19,9 @@ class PeftFormat:
     ``sizes`` are the entries of a delta's layout that the shape of a tensor tells, as PEFT's name and dimension; ``patterns`` the
     entry for each config key that lists the targets where an option differs (``rank_pattern``). ``fixed`` holds options of PEFT's that change
     what an adapter computes and that Graft does not have, with the one value at which they do nothing: with another a file is refused.
-    ``unread`` ones change nothing after training. ``alpha`` is the key of PEFT's alpha where a delta's scale is alpha / rank, both of
-    which may differ by target (``rank_pattern``, ``alpha_pattern``). ``others`` are keys that the method reads and writes itself.
+    ``unread`` ones are written and not read here: they change nothing after training, or the method looks at them. ``alpha`` is the key of
+    PEFT's alpha where a delta's scale is alpha / rank, both of which may differ by target (``rank_pattern``, ``alpha_pattern``). ``others``
+    are keys that the method reads and writes itself.
     """
 
     type: str

@@ -12,8 +12,8 @@ row, as here. The row norms follow from thin products, without forming B A:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Layout
-from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS
 from graft.kernels.lora import LowRankMap
 from graft.methods.deltas.lora import LoRA
@@ -29,7 +28,7 @@ from graft.methods.families import peft_lora
 from graft.methods.families.factored import LowRank
 
 if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
+    pass
 
 TINY = 1e-12  # keeps rows of pruned models, whose norm is zero, finite
 
@@ -90,13 +89,14 @@ class DoRA(LoRA):
 
     kinds = LINEAR_KINDS
     delta = DoRADelta
-    peft = PeftFormat("LORA", {**peft_lora.KEYS, "magnitude": "lora_magnitude_vector"}, others=peft_lora.OPTIONS)
+    peft = replace(
+        peft_lora.FORMAT,
+        keys={**peft_lora.FORMAT.keys, "magnitude": "lora_magnitude_vector"},
+        unread={**peft_lora.FORMAT.unread, "use_dora": True},
+    )
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return super().parameters(out_features, in_features) + out_features
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return peft_lora.write(adapter, self.dropout, use_dora=True)
 
 
 catalogue.register(

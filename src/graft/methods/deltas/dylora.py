@@ -22,7 +22,6 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
-from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.kernels.lora import LowRankMap
 from graft.methods.families import peft_lora
@@ -87,7 +86,7 @@ class DyLoRA(DeltaConfig):
     use_rank: int | None = option(None, "rank in use when not training; none: the largest", low=1)
 
     delta = DyLoRADelta
-    peft = PeftFormat("LORA", peft_lora.KEYS, others=peft_lora.OPTIONS)
+    peft = peft_lora.FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,9 +106,6 @@ class DyLoRA(DeltaConfig):
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features)
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return peft_lora.write(adapter, self.dropout, use_dora=False)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:

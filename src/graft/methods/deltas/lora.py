@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import Delta, DeltaConfig, Layout
-from graft.core.peft import PeftFormat
 from graft.core.target import Target
 from graft.methods.families import peft_lora
 from graft.methods.families.factored import LowRank
@@ -40,7 +39,7 @@ class LoRA(DeltaConfig):
     lr_ratio: float = option(1.0, "learning rate of B over that of A", paper="LoRA+: 2..32, about 16", low=0)
 
     delta: ClassVar[type[Delta]] = LowRank
-    peft = PeftFormat("LORA", peft_lora.KEYS, others=peft_lora.OPTIONS)
+    peft = peft_lora.FORMAT
 
     @property
     def scale(self) -> float:
@@ -58,9 +57,6 @@ class LoRA(DeltaConfig):
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return self.rank * (out_features + in_features)
-
-    def to_peft(self, adapter: Adapter) -> dict[str, Any]:
-        return peft_lora.write(adapter, self.dropout, use_dora=False)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> Self | None:

@@ -1,30 +1,19 @@
-"""Low-rank adapters in the words of PEFT's LoRA config, both ways.
-
-PEFT recomputes each scale from alpha and rank, so alpha is written as scale * rank; a frozen start counts as ranks of its own.
-"""
+"""Low-rank adapters in the words of PEFT's LoRA config, both ways."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graft.core.delta import Layout
 from graft.core.errors import GraftError
-from graft.core.peft import by_pattern, ranks_and_alphas
+from graft.core.peft import PeftFormat, by_pattern
 
-if TYPE_CHECKING:
-    from graft.core.adapter import Adapter
-
-KEYS = {"A": "lora_A.weight", "B": "lora_B.weight"}
-OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-
-
-def write(adapter: Adapter, dropout: float, use_dora: bool) -> dict[str, Any]:
-    """PEFT's keys for an adapter of :class:`LowRank` deltas."""
-    return {
-        **ranks_and_alphas(adapter.layouts, "lora_alpha"), "use_rslora": False, "use_dora": use_dora, "lora_dropout": dropout, "bias": "none",
-    }  # fmt: skip
+FORMAT = PeftFormat(
+    "LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, {"r": "rank", "lora_dropout": "dropout"}, alpha="lora_alpha",
+    unread={"use_rslora": False, "use_dora": False, "bias": "none"},  # but by :func:`read`
+)  # fmt: skip
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
