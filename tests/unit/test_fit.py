@@ -19,6 +19,7 @@ import graft
 from graft import GraftError
 from graft.training.config import FitConfig
 from graft.training.fit import fit
+from graft.training.rates import use_measured
 from tests import folders
 
 STEPS = 24
@@ -44,7 +45,7 @@ def _config(base: Path, rows: Path, output: Path, **changes: Any) -> FitConfig:
 
 
 @pytest.mark.parametrize("method", sorted(SMALL))
-def test_killed_and_resumed_is_never_killed(model: Path, rows: Path, tmp_path: Path, method: str) -> None:
+def test_killed_and_resumed_is_never_killed(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     changes = {"method": method, "settings": SMALL[method]}
     whole = _config(model, rows, tmp_path / "whole", **changes)
     run = fit(whole)
@@ -53,7 +54,11 @@ def test_killed_and_resumed_is_never_killed(model: Path, rows: Path, tmp_path: P
     for wanted in (5, 14):  # between checkpoints, or in the middle of writing one
         kills += _run_and_kill(killed, tmp_path, after=wanted, resume=kills > 0)
     assert kills == 2, "the run ended before it could be killed"
+    rates, asked = json.loads((tmp_path / "killed" / "run.json").read_text())["rates"], []
+    monkeypatch.setattr("graft.training.fit.use_measured", lambda *given: asked.append(given[-1]) or use_measured(*given))
     resumed = fit(killed, resume=True)
+    assert rates
+    assert asked == [rates]  # the choices of the run, whatever was measured since
     expected, seen = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert expected.keys() == seen.keys()
     for name, value in expected.items():

@@ -41,7 +41,7 @@ def test_a_bar_shows_only_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, s
     text, clock = io.StringIO(), iter(range(100))
     monkeypatch.setattr(show, "err", Console(file=text, force_terminal=True, width=200))
     monkeypatch.setattr(show.time, "monotonic", lambda: step * next(clock))
-    with show.followed():
+    with show.long_work():
         for _ in range(2):  # the second has a bar of its own
             assert list(followed(range(4), "making the adapter")) == [0, 1, 2, 3]
     assert ("making the adapter" in text.getvalue()) == shown

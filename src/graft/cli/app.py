@@ -22,7 +22,7 @@ class _OneSentence(TyperGroup):
         from graft.core.errors import GraftError, ToldElsewhere
 
         try:
-            with show.followed():
+            with show.long_work():
                 return super().invoke(ctx)
         except GraftError as error:
             if not isinstance(error, ToldElsewhere):

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from graft.core.errors import GraftError
+from graft.core.progress import watched
 
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
 
@@ -44,10 +45,8 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def followed() -> Iterator[None]:
+def long_work() -> Iterator[None]:
     """Bars for what the library does before it gets to a command's own work, where that takes more than a second."""
-    from graft.core.progress import watched
-
     bars, began, bar = ExitStack(), 0.0, None
 
     def watch(what: str, done: int, total: int) -> None:

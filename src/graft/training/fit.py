@@ -66,7 +66,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     with distributed.together():
         method = catalogue[config.method]
         method.recipe(**config.settings)
-        start = _starting_point(folder, config, resume)
+        before = _run_before(folder, config, resume)
+        start = checkpoint.latest(folder / CHECKPOINTS) if before else None
         torch.manual_seed(config.seed)
         table = read(config.data)
         model, tokenizer = load(
@@ -96,8 +97,9 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
             raise GraftError(f"{config.model} cannot tell examples that share a row apart, so their losses would be wrong; leave pack out.")
         fused = fuse(model) if config.fuse else None
         dtype, device = getattr(torch, config.dtype), "cpu" if distributed.on_cpu() else "cuda"
-        rates = use_measured(dtype, device, json.loads((folder / RUN).read_text()).get("rates") if start else None)
+        rates = use_measured(dtype, device, before.get("rates"))
         keep_freed()
+
     rates = distributed.gather(rates)[0]
     use_rates(rates, dtype, device)  # the same on every process
     if config.shard:
@@ -186,11 +188,11 @@ def _task(table: Table) -> Any:
     return "classification" if table.kind == "labels" else "causal"
 
 
-def _starting_point(folder: Path, config: FitConfig, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None for a fresh start. Refuses to write over another run."""
+def _run_before(folder: Path, config: FitConfig, resume: bool) -> dict[str, Any]:
+    """What ``run.json`` says of the run to go on with; empty where there is none. Refuses to write over another run."""
     if not (folder / RUN).is_file():
-        return None
-    before = json.loads((folder / RUN).read_text())
+        return {}
+    before: dict[str, Any] = json.loads((folder / RUN).read_text())
     if not resume:
         raise GraftError(f"{folder} holds a run already; pass --resume to go on with it, or another --output.")
     if before["state"] == "finished":
@@ -205,7 +207,7 @@ def _starting_point(folder: Path, config: FitConfig, resume: bool) -> Path | Non
         raise GraftError(
             f"{folder} holds a run with {key} = {before['config'].get(key)!r}, not {getattr(config, key)!r}; resume it with its own settings."
         )
-    return checkpoint.latest(folder / CHECKPOINTS)
+    return before
 
 
 def _arguments(config: FitConfig) -> transformers.TrainingArguments:
