@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -67,6 +69,25 @@ def test_killed_and_resumed_is_never_killed(model: Path, rows: Path, tmp_path: P
     assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
     assert run["loss"] == resumed["loss"]
+
+
+def test_stopped_after_its_last_update_makes_no_other(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"steps": 4, "schedule": "constant"}
+    whole = fit(_config(model, rows, tmp_path / "whole", **changes))
+    stopped = _config(model, rows, tmp_path / "stopped", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr("graft.training.fit._finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped)
+    lines = (tmp_path / "stopped" / "metrics.jsonl").read_text()
+    resumed = fit(stopped, resume=True)
+    expected, seen = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    for name, value in expected.items():
+        assert torch.equal(value, seen[name]), name
+    assert resumed["loss"] == whole["loss"]
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text() == lines
+    assert resumed["step_seconds"] == statistics.median(json.loads(line)["seconds"] for line in lines.splitlines())
+    assert resumed["tokens_per_second"] is None
 
 
 def _run_and_kill(config: FitConfig, tmp_path: Path, after: int, resume: bool) -> int:

@@ -74,8 +74,8 @@ def summary(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("loss at the last update", f"{run['loss']:.4f}"),
         ("trainable parameters", f"{run['trainable_parameters']:,}"),
         ("adapter", show.size(run["adapter_bytes"])),
-        ("tokens per second", f"{run['tokens_per_second']:.0f}"),
-        ("seconds an update (median)", f"{run['step_seconds']:.3f}" if run["step_seconds"] else "-"),
+        ("tokens per second", f"{run['tokens_per_second']:.0f}" if run["tokens_per_second"] else "-"),
+        ("seconds an update (median)", f"{run['step_seconds']:.3f}"),
         ("peak memory", show.size(run["peak_memory_bytes"])),
         ("rows shortened to max_length", f"{run['rows_shortened']} of {run['rows']}"),
     ]

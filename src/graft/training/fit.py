@@ -129,8 +129,9 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
     run: dict[str, Any] = {}
     with distributed.together():
         if first:
-            speed = {"tokens_per_second": sum(tokens) / max(sum(record.seconds), 1e-9), "peak_memory_bytes": max(memory)}
-            speed |= {"seconds": setup + record.total, "packed": pack, "fused": dict(fused.parts) if fused else {}}
+            here = sum(record.seconds[record.before :])
+            speed = {"tokens_per_second": sum(tokens) / here if here else None, "peak_memory_bytes": max(memory)}
+            speed |= {"seconds": setup + sum(record.seconds), "packed": pack, "fused": dict(fused.parts) if fused else {}}
             run = _finish(config, adapter, table, encoded, record, speed)
     result: dict[str, Any] = distributed.gather(run)[0]
     return result
@@ -149,7 +150,7 @@ def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded,
         "rows": len(table),
         "rows_shortened": encoded.shortened,
         "loss": record.last["loss"],
-        "step_seconds": statistics.median(record.seconds) if record.seconds else None,
+        "step_seconds": statistics.median(record.seconds),
         **speed,
         "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
         "base": {"name": config.model, "fingerprint": base_fingerprint(adapter)},
@@ -255,6 +256,11 @@ class GraftTrainer(transformers.Trainer):
         """No DistributedDataParallel: gradients are averaged below, in ``training_step`` (see ``training/distributed.py``)."""
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where a run that was stopped after its last update goes on: the loop looks at the number of updates only after one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self.tokens += int(real_tokens(inputs).sum())
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -305,15 +311,15 @@ class _Recorder(TrainerCallback):
 
     def __init__(self, path: Path, progress: Progress | None, look: Callable[[int], None] | None = None):
         self.path, self.progress, self.look = path, progress, look
-        self.seconds: list[float] = []  # of the updates of this process
-        self.total = 0.0  # seconds of all updates, those before a resume too
+        self.seconds: list[float] = []  # of all updates, those before a resume too
+        self.before = 0  # how many updates were made before the resume
         self.last: dict[str, Any] = {"loss": None}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= state.global_step] if state.global_step else []
         self.path.write_text("".join(f"{line}\n" for line in kept))
-        self.total = sum(json.loads(line)["seconds"] for line in kept)
+        self.seconds, self.before = [json.loads(line)["seconds"] for line in kept], len(kept)
         if kept:
             self.last = json.loads(kept[-1])
 
@@ -322,7 +328,6 @@ class _Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.began)
-        self.total += self.seconds[-1]
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
