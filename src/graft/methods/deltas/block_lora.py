@@ -23,7 +23,7 @@ from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import largest_divisor
-from graft.methods.families.factored import Factored, check_rank, uniform
+from graft.methods.families.factored import Factored, check_rank, scaling, uniform
 
 
 class BlockLoRADelta(Factored):
@@ -64,8 +64,8 @@ class BlockLoRA(DeltaConfig):
         return self.rank, 1, largest_divisor(in_features, self.blocks)
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 2.0 if self.alpha is None else self.alpha / self.rank
-        return {**dict(zip(("rank", "arms", "copies"), self.split(target.shape[1]), strict=True)), "scale": scale}
+        rank, arms, copies = self.split(target.shape[1])
+        return {"rank": rank, "arms": arms, "copies": copies, "scale": scaling(self.alpha, self.rank, 2.0)}
 
     def parameters(self, out_features: int, in_features: int) -> int:
         rank, arms, copies = self.split(in_features)

@@ -25,7 +25,7 @@ from graft.core.errors import GraftError
 from graft.core.target import Target
 from graft.kernels.lora import LowRankMap
 from graft.methods.families import peft_lora
-from graft.methods.families.factored import LowRank
+from graft.methods.families.factored import LowRank, scaling
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -98,8 +98,7 @@ class DyLoRA(DeltaConfig):
         return [RankSampler(self)]
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 2.0 if self.alpha is None else self.alpha / self.rank
-        return {"rank": self.rank, "scale": scale, "frozen": 0, "inactive": []}
+        return {"rank": self.rank, "scale": scaling(self.alpha, self.rank, 2.0), "frozen": 0, "inactive": []}
 
     def prepare(self, adapter: Adapter, calibration: Any) -> None:
         set_rank(adapter, self.use_rank)

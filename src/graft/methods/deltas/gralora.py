@@ -24,7 +24,7 @@ from graft.core.delta import DeltaConfig, Layout
 from graft.core.peft import PeftFormat, most_and_others
 from graft.core.target import Target
 from graft.methods.families.blocks import largest_divisor
-from graft.methods.families.factored import PLAIN, Factored, check_rank, uniform
+from graft.methods.families.factored import PLAIN, Factored, check_rank, scaling, uniform
 from graft.numerics.orthogonal import block_diagonal
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class GraLoRA(DeltaConfig):
         return largest_divisor(math.gcd(out_features, in_features, self.rank), self.blocks)
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 2.0 if self.alpha is None else self.alpha / (self.rank + self.hybrid_rank)
+        scale = scaling(self.alpha, self.rank + self.hybrid_rank, 2.0)
         return {"rank": self.rank, "hybrid_rank": self.hybrid_rank, "scale": scale, "blocks": self.fitting(*target.shape)}
 
     def parameters(self, out_features: int, in_features: int) -> int:

@@ -25,7 +25,7 @@ from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.target import Target
 from graft.methods.families.additive import Additive
-from graft.methods.families.bases import Bases
+from graft.methods.families.bases import Transforms
 from graft.methods.families.factored import PLAIN
 from graft.methods.families.groups import apart
 from graft.numerics.transforms import analyse, dct_matrix, synthesise
@@ -60,7 +60,7 @@ class LoCADelta(Additive):
 
     learning: tuple[str, ...] = ("a", "p")
     config: LoCA
-    shared: Bases
+    shared: Transforms
     p: Tensor
 
     def make(self, layout: Layout, generator: torch.Generator) -> None:
@@ -80,7 +80,7 @@ class LoCADelta(Additive):
     def update(self) -> Tensor:
         # A zero gradient rather than none: DistributedDataParallel waits for every parameter.
         a, p = (value if name in self.learning else value.detach() + 0 * value for name, value in (("a", self.a), ("p", self.p)))
-        left, right = (getattr(self.shared, f"dct_{size}").to(a) for size in self.target.shape)
+        left, right = (C.to(a) for C in self.shared.sides(self.target))
         update: Tensor = _Synthesis.apply(a, p.clamp(0, 0.999) * self.steps, left, right)  # type: ignore[no-untyped-call]
         return update * self.scale
 
@@ -114,9 +114,8 @@ class LoCA(DeltaConfig):
     def callbacks(self) -> list[Callback]:
         return [Turns(self)] if self.share else []
 
-    def shared(self, targets: Sequence[Target], seed: int) -> Bases:
-        sizes = {size for target in targets for size in target.shape}
-        return Bases(False, **{f"dct_{size}": dct_matrix(size).to(targets[0].dtype) for size in sorted(sizes)})
+    def shared(self, targets: Sequence[Target], seed: int) -> Transforms:
+        return Transforms(targets, dct_matrix)
 
     def layout_at(self, target: Target) -> Layout:
         return {"count": self.count, "scale": self.scale}

@@ -22,22 +22,18 @@ from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.kernels.lora import lora_linear
 from graft.methods.families.additive import Additive
-from graft.methods.families.factored import PLAIN, check_rank, uniform
+from graft.methods.families.factored import PLAIN, check_rank, scaling, uniform
 
 
 class LoHaDelta(Additive):
     """B1 [out, r], A1 [r, in], B2 [out, r], A2 [r, in]."""
 
-    B1: nn.Parameter
-    A1: nn.Parameter
-    B2: nn.Parameter
-
     def make(self, layout: Layout, generator: torch.Generator) -> None:
         target, (out_features, in_features), rank = self.target, self.target.shape, layout["rank"]
         check_rank(rank, target)
         self.scale = float(layout["scale"])
-        for name, rows, columns in (("B1", out_features, rank), ("A1", rank, in_features), ("B2", out_features, rank)):
-            setattr(self, name, nn.Parameter(uniform(rows, columns, generator, target.dtype)))
+        sizes = (out_features, rank), (rank, in_features), (out_features, rank)
+        self.B1, self.A1, self.B2 = (nn.Parameter(uniform(m, n, generator, target.dtype)) for m, n in sizes)
         self.A2 = nn.Parameter(torch.zeros(rank, in_features, dtype=target.dtype))
 
     def update(self) -> Tensor:
@@ -71,8 +67,7 @@ class LoHa(DeltaConfig):
     )  # fmt: skip
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return {"rank": self.rank, "scale": scale}
+        return {"rank": self.rank, "scale": scaling(self.alpha, self.rank, 1.0)}
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return 2 * self.rank * (out_features + in_features)

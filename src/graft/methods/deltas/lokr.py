@@ -27,7 +27,7 @@ from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.additive import Additive
 from graft.methods.families.blocks import largest_divisor
-from graft.methods.families.factored import PLAIN, uniform
+from graft.methods.families.factored import PLAIN, scaling, uniform
 
 if TYPE_CHECKING:
     from graft.core.adapter import Adapter
@@ -103,7 +103,7 @@ class LoKr(DeltaConfig):
     def structure(self, out_features: int, channels: int) -> Layout:
         a, c = self.split(out_features), self.split(channels)
         whole = [not self.both or 2 * self.rank >= max(a, c), 2 * self.rank >= max(out_features // a, channels // c)]
-        return {"rank": self.rank, "scale": 1.0 if self.alpha is None else self.alpha / self.rank, "left": [a, c], "whole": whole}
+        return {"rank": self.rank, "scale": scaling(self.alpha, self.rank, 1.0), "left": [a, c], "whole": whole}
 
     def layout_at(self, target: Target) -> Layout:
         return self.structure(target.shape[0], target.shape[1] // window(target))

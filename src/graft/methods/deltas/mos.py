@@ -26,7 +26,7 @@ from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.blocks import largest_divisor
-from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.factored import Factored, check_rank, scaling
 
 
 def group(target: Target) -> str:
@@ -109,7 +109,7 @@ class MoS(DeltaConfig):
         layouts = {}
         for target in targets:
             rank = min(self.expand * self.rank, private + (self.rank - private) * groups.count(group(target)), min(target.shape))
-            scale = 2.0 if self.alpha is None else self.alpha / rank
+            scale = scaling(self.alpha, rank, 2.0)
             layouts[target.name] = {"rank": rank, "shards": self.pieces(*target.shape), "private": private, "scale": scale}
         return layouts
 

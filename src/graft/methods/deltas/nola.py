@@ -22,7 +22,7 @@ from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
 from graft.methods.families.bases import Bases, largest
-from graft.methods.families.factored import Factored, check_rank, uniform
+from graft.methods.families.factored import Factored, check_rank, scaling, uniform
 
 
 class NOLADelta(Factored):
@@ -62,8 +62,7 @@ class NOLA(DeltaConfig):
         return Bases(False, P=P, Q=Q)
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return {"rank": self.rank, "count": self.count, "scale": scale}
+        return {"rank": self.rank, "count": self.count, "scale": scaling(self.alpha, self.rank, 1.0)}
 
     def parameters(self, out_features: int, in_features: int) -> int:
         return 2 * self.count

@@ -26,7 +26,7 @@ from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.errors import GraftError
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.factored import Factored, check_rank, scaling
 
 
 class TriAdaptLoRADelta(Factored):
@@ -111,7 +111,7 @@ class TriAdaptLoRA(DeltaConfig):
 
     def layout_at(self, target: Target) -> Layout:
         check_rank(self.rank, target)
-        sizes, scale = self.sizes(target.shape), (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+        sizes, scale = self.sizes(target.shape), scaling(self.alpha, self.rank, 2.0)
         return {"rank": sum(sizes), "blocks": sizes, "scale": scale, "inactive": list(range(self.initial_rank, sum(sizes)))}
 
     def parameters(self, out_features: int, in_features: int) -> int:

@@ -23,8 +23,8 @@ from graft.core.catalogue import Method, catalogue
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.bases import Bases
-from graft.methods.families.factored import Factored, check_rank, uniform
+from graft.methods.families.bases import Transforms
+from graft.methods.families.factored import Factored, check_rank, scaling, uniform
 from graft.methods.families.wavelets import wavelet_transform
 
 
@@ -32,7 +32,7 @@ class WaRADelta(Factored):
     """``A`` [n, r, in/2], ``B`` [n, out/2, r] with n = 1, and ``gains`` [2]; or n = 2 pairs without gains."""
 
     gains: Tensor | None
-    shared: Bases
+    shared: Transforms
 
     def make(self, layout: Layout, generator: torch.Generator) -> None:
         target, rank, pairs = self.target, layout["rank"], layout["pairs"]
@@ -43,10 +43,8 @@ class WaRADelta(Factored):
         self.register_parameter("gains", nn.Parameter(torch.ones(2, dtype=target.dtype)) if pairs == 1 else None)
 
     def product(self) -> tuple[Tensor, Tensor]:
-        T_out, T_in = (getattr(self.shared, f"T{size}").to(self.A).chunk(2) for size in self.target.shape)
-        B, A = (factor.expand(2, -1, -1) for factor in (self.B, self.A))
-        if self.gains is not None:
-            B = B * self.gains[:, None, None]
+        T_out, T_in = (T.to(self.A).chunk(2) for T in self.shared.sides(self.target))
+        A, B = self.A.expand(2, -1, -1), (self.B if self.gains is None else self.B * self.gains[:, None, None])
         return torch.cat([T_out[b].T @ B[b] for b in (0, 1)], 1) * self.scale, torch.cat([A[b] @ T_in[b] for b in (0, 1)])
 
 
@@ -67,14 +65,11 @@ class WaRA(DeltaConfig):
     kinds = LINEAR_KINDS
     delta = WaRADelta
 
-    def shared(self, targets: Sequence[Target], seed: int) -> Bases:
-        """The transform of every size there is, cut to the size."""
-        sizes = sorted({size for target in targets for size in target.shape})
-        return Bases(False, **{f"T{size}": wavelet_transform(2 * half(size), self.wavelet)[:, :size].to(targets[0].dtype) for size in sizes})
+    def shared(self, targets: Sequence[Target], seed: int) -> Transforms:
+        return Transforms(targets, lambda size: wavelet_transform(2 * half(size), self.wavelet)[:, :size])
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 2.0 if self.alpha is None else self.alpha / self.rank
-        return {"rank": self.rank, "pairs": 1 if self.factors == "shared" else 2, "scale": scale}
+        return {"rank": self.rank, "pairs": 1 if self.factors == "shared" else 2, "scale": scaling(self.alpha, self.rank, 2.0)}
 
     def parameters(self, out_features: int, in_features: int) -> int:
         pair = self.rank * (half(out_features) + half(in_features))

@@ -1,9 +1,9 @@
-"""Frozen random bases that all deltas of one adapter share: drawn once, in fp32 on the CPU, from the adapter's seed."""
+"""Frozen matrices that all deltas of one adapter share: random bases, drawn once in fp32 on the CPU from the adapter's seed, and transforms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,20 @@ class Bases(nn.Module):
         """The leading part of a base with these sizes."""
         base: Tensor = getattr(self, name)
         return base[tuple(slice(size) for size in sizes)]
+
+
+class Transforms(nn.Module):
+    """``transform(size)`` [.., size] for every size that the targets have; made again on loading."""
+
+    def __init__(self, targets: Sequence[Target], transform: Callable[[int], Tensor]):
+        super().__init__()
+        for size in sorted({size for target in targets for size in target.shape}):
+            self.register_buffer(f"T{size}", transform(size).to(targets[0].dtype), persistent=False)
+
+    def sides(self, target: Target) -> tuple[Tensor, Tensor]:
+        """The transform of the outputs and that of the inputs."""
+        T_out, T_in = (getattr(self, f"T{size}") for size in target.shape)
+        return T_out, T_in
 
 
 def largest(targets: Sequence[Target]) -> tuple[int, int]:

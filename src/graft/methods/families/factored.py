@@ -195,6 +195,11 @@ def low_rank_deltas(adapter: Adapter, method: str) -> dict[str, LowRank]:
     return {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
 
 
+def scaling(alpha: float | None, rank: int, default: float) -> float:
+    """The scale ``s = alpha / rank``, or ``default`` where no alpha is given."""
+    return default if alpha is None else alpha / rank
+
+
 def uniform(rank: int, in_features: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """``U(-1/sqrt(in), 1/sqrt(in))`` of shape [rank, in]: Kaiming's rule with a = sqrt(5), the usual start of a down-projection."""
     bound = 1 / math.sqrt(in_features)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.core.config import option
 from graft.core.delta import DeltaConfig, Layout
 from graft.core.target import LINEAR_KINDS, Target
-from graft.methods.families.factored import Factored, check_rank
+from graft.methods.families.factored import Factored, check_rank, scaling
 from graft.methods.families.rebuilt import Rebuilt
 
 FACTORS = ("B", "N", "A")
@@ -73,8 +73,7 @@ class ThreeFactorConfig(DeltaConfig):
         return True
 
     def layout_at(self, target: Target) -> Layout:
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return {"rank": self.rank, "scale": scale, "subtracted": self.subtracted}
+        return {"rank": self.rank, "scale": scaling(self.alpha, self.rank, 1.0), "subtracted": self.subtracted}
 
     def parameters(self, out_features: int, in_features: int) -> int:
         sizes = {"B": self.rank * out_features, "N": self.rank**2, "A": self.rank * in_features}
