@@ -193,6 +193,18 @@ def test_memory_kept_for_the_backward_pass() -> None:
         assert sum(t.numel() for t in own) <= 11 * 2, kernel  # the thin x A^T [11, 2] alone
 
 
+@pytest.mark.parametrize("trained", ["A", "B"])
+def test_x_is_kept_for_the_backward_pass_only_where_A_is_trained(trained: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plan, "choose", lambda *_: plan.PLANS[0])
+    x, W, b, A, B = inputs("lora", (11,), 13, 17, 2)
+    A, B = (factor.detach().requires_grad_(name == trained) for name, factor in (("A", A), ("B", B)))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = lora_linear(x, W, b, A, B)
+    assert (x.data_ptr() in kept) == (trained == "A")
+    assert_same(lambda *_: y, lambda *_: lora_linear_reference(x, W, b, A, B), (x, W, b, A, B), **EXACT)
+
+
 # ---- several low-rank maps of one input -----------------------------------------------------------------------------------
 
 SIZES = ((5, 2, True), (3, 1, False), (1, 4, True), (6, 3, False))  # outputs, rank, bias

@@ -3,9 +3,9 @@
 ``y_j = x W_j^T + b_j + (x A_j^T) B_j^T``      x [..., in], W_j [out_j, in], b_j [out_j], A_j [r_j, in], B_j [out_j, r_j]  (scale folded into B)
 
 Against base + branch: the branch is added into the base product (``addmm``), inputs are flattened once, nothing but x (or what it can be
-formed from again, ``kernels/recompute.py``) and the thin ``x A^T`` is kept for the backward pass, and no gradient of W exists. Against one
-call a map (q, k, v; gate, up): the A_j are stacked into one projection, and the gradient of x is summed in place. The order of the
-products is that of ``kernels/plan.py``.
+formed from again, ``kernels/recompute.py``) and the thin ``x A^T`` is kept for the backward pass, not even x where no A is trained, and no
+gradient of W exists. Against one call a map (q, k, v; gate, up): the A_j are stacked into one projection, and the gradient of x is summed in
+place. The order of the products is that of ``kernels/plan.py``.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class _LoraLinears(torch.autograd.Function):
             # Autograd must not see a view, so that what follows may write into the output (ReLU(inplace=True)).
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight))))
         ctx.form, kept = (None, (rows,)) if source is None else (source.form, source.tensors)
+        wanted = zip(plans, ctx.needs_input_grad[4::4], ctx.needs_input_grad[5::4], strict=True)
+        if not any(wants_A or (wants_B and (chosen.merged_output or chosen.full_gradient)) for chosen, wants_A, wants_B in wanted):
+            ctx.form, kept = None, ()
         ctx.save_for_backward(thin, *(tensor for weight, _, A, B in maps for tensor in (weight, A, B)), *kept)
         ctx.shape, ctx.plans = x.shape, plans
         ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
@@ -83,7 +86,9 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         thin, *tensors = ctx.saved_tensors
         kept = tensors[3 * len(ctx.plans) :]
-        rows = kept[0] if ctx.form is None else ctx.form(*kept).reshape(-1, ctx.shape[-1])
+        rows: Any = None  # where no product below reads it
+        if kept:
+            rows = kept[0] if ctx.form is None else ctx.form(*kept).reshape(-1, ctx.shape[-1])
         dx: Tensor | None = None
         found: list[Tensor | None] = []
         backs: list[tuple[Tensor, Tensor]] = []  # (g B, A) whose products are still to be added to dx
