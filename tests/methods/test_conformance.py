@@ -480,6 +480,22 @@ def test_saved_and_loaded_computes_the_same(row: Method, place: Place, tmp_path:
 
 
 @every_method
+def test_an_entry_of_the_layout_that_nobody_reads_is_refused(row: Method, tmp_path: Path) -> None:
+    model = LLAMA.make()
+    adapter = put(model, row, seed=5)
+    adapter.save(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    name = next(iter(adapter.layouts))
+    config["graft"]["targets"][name]["stray"] = 3
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(config))
+    fresh = LLAMA.make()
+    before = {key: as_bits(value) for key, value in fresh.state_dict().items()}
+    with pytest.raises(graft.GraftError, match=f"the layout of {name} has an entry 'stray' that .* does not know"):
+        graft.load_adapter(fresh, tmp_path / "one")
+    assert same_bits({key: as_bits(value) for key, value in fresh.state_dict().items()}, before)
+
+
+@every_method
 def test_saving_twice_writes_the_same_bytes(row: Method, tmp_path: Path) -> None:
     adapter = disturb(put(tiny.llama(), row))
     adapter.save(tmp_path / "one")

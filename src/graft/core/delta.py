@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.config import Config
+from graft.core.errors import GraftError
 from graft.core.peft import PeftFormat
 from graft.core.target import LINEAR_KINDS, Target
 
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
     from graft.core.callback import Callback
 
 Layout: TypeAlias = dict[str, Any]  # the structure of one delta as JSON: ranks, scales, counts; enough to build it again
+
+
+class _Noted(dict[str, Any]):
+    """A layout that notes what nobody has read of it."""
+
+    def __init__(self, layout: Layout):
+        super().__init__(layout)
+        self.unread = set(layout)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        self.unread.discard(key)
+        return value
 
 
 class Pair(NamedTuple):
@@ -60,10 +74,14 @@ class Delta(nn.Module):
         super().__init__()
         self.target, self.config, self._layout = target, config, layout
         self.__dict__["shared"] = shared  # not as a child: saving and moving it is the adapter's
-        self.make(layout, generator)
+        noted = _Noted(layout)
+        self.make(noted, generator)
+        if noted.unread:
+            stray, known = min(noted.unread), ", ".join(sorted(set(layout) - noted.unread)) or "none"
+            raise GraftError(f"the layout of {target.name} has an entry {stray!r} that {type(self).__name__} does not know; it knows {known}.")
 
     def make(self, layout: Layout, generator: torch.Generator) -> None:
-        """Makes parameters and buffers as ``layout`` says. Everything random comes from ``generator`` (CPU, fp32)."""
+        """Makes parameters and buffers as ``layout`` says, every entry of it. Everything random comes from ``generator`` (CPU, fp32)."""
         raise NotImplementedError
 
     @property

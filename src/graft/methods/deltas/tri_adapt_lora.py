@@ -37,12 +37,12 @@ class TriAdaptLoRADelta(Factored):
     places: Tensor
 
     def make(self, layout: Layout, generator: torch.Generator) -> None:
-        self.scale, self.sizes, rank = float(layout["scale"]), list(layout["blocks"]), sum(layout["blocks"])
+        self.scale, self.sizes, rank = float(layout["scale"]), list(layout["blocks"]), layout["rank"]
         check_rank(rank, self.target)
         (out_features, in_features), dtype = self.target.shape, self.target.dtype
         A, B = (0.02 * torch.randn(shape, generator=generator) for shape in ((rank, in_features), (out_features, rank)))
         self.A, self.B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
-        block = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        block = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes), output_size=rank)
         self.register_buffer("places", (block[:, None] >= block).flatten().nonzero()[:, 0])
         self.lower, self.upper = (nn.Parameter(torch.zeros(len(self.places), dtype=dtype)) for _ in range(2))
         active = torch.ones(rank, dtype=torch.bool)
