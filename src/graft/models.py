@@ -71,8 +71,7 @@ def load(
         "classification": transformers.AutoModelForSequenceClassification,
         "features": transformers.AutoModel,
     }
-    with _readable(name):
-        config = transformers.AutoConfig.from_pretrained(folder)
+    config = _config(name)
     chosen = task or (PACKAGED[str(name)].task if name in PACKAGED else _default_task(config))
     if chosen not in kinds:
         raise GraftError(f"task is {chosen!r}; {nearest(chosen, kinds)}")
@@ -94,9 +93,7 @@ def load(
 
     with _readable(name):
         model = make()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = str(name)
@@ -104,13 +101,28 @@ def load(
     return model.eval().to(device or "cpu"), tokenizer
 
 
-def reads_only(name: str | Path) -> bool:
-    """Whether a base model is an encoder, which labels texts and writes none."""
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, padding with the end token where it has no other."""
     import transformers
 
     folder = _folder(str(name))
     with _readable(name):
-        return _is_encoder(transformers.AutoConfig.from_pretrained(folder))
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def reads_only(name: str | Path) -> bool:
+    """Whether a base model is an encoder, which labels texts and writes none."""
+    return _is_encoder(_config(name))
+
+
+def check_max_length(name: str | Path, max_length: int) -> None:
+    """Raises :class:`GraftError` where a base model cannot read rows of ``max_length`` tokens."""
+    room = getattr(_config(name), "max_position_embeddings", None)
+    if room and max_length > room:
+        raise GraftError(f"max_length is {max_length}, but {name} reads at most {room} tokens; lower it.")
 
 
 def load_with_adapter(
@@ -194,6 +206,14 @@ def _converted(name: str, gguf: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _config(name: str | Path) -> PretrainedConfig:
+    import transformers
+
+    folder = _folder(str(name))
+    with _readable(name):
+        return transformers.AutoConfig.from_pretrained(folder)
 
 
 def _architectures(config: PretrainedConfig) -> str:

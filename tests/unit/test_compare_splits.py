@@ -26,7 +26,8 @@ def labelled(numbers: range, word: str = "film") -> list[dict[str, Any]]:
 
 
 def made(tmp_path: Path, data: Path, **values: Any) -> Splits:
-    return prepare(CompareConfig.make({"data": str(data), "output": str(tmp_path / "out"), **values}))
+    model = values.pop("model", None) or folders.causal(tmp_path / "model")
+    return prepare(CompareConfig.make({"data": str(data), "output": str(tmp_path / "out"), "model": str(model), "max_length": 40, **values}))
 
 
 def texts(splits: Splits) -> dict[str, list[str]]:
@@ -65,6 +66,16 @@ def test_train_rows_that_are_held_out_are_not_trained_on(tmp_path: Path) -> None
     assert not set(found["train"]) & set(found["test"])
     assert not set(found["validation"]) & set(found["test"])
     assert "5 train rows that are also held out" in " ".join(splits.notes)
+
+
+def test_rows_that_no_run_could_read_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    rows = [{"prompt": f"film {n}", "answer": "good " * (60 if n == 7 else 1 + n % 2)} for n in range(30)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(GraftError, match=r"rows.jsonl:8: the answer takes \d+ tokens .* more than max_length = 40"):
+        made(tmp_path, data)
+    with pytest.raises(GraftError, match=r"max_length is 100, but .*model reads at most 64 tokens; lower it"):
+        made(tmp_path, data, max_length=100)
+    assert not (tmp_path / "out").exists()
 
 
 def test_everything_held_out(tmp_path: Path) -> None:

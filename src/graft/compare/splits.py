@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from graft.compare.contenders import contenders
 from graft.compare.json_lines import to_lines
 from graft.core.errors import GraftError
 from graft.core.storage import to_json, write_folder
+from graft.data.encoding import encode
 from graft.data.reading import COLUMNS, SUFFIXES, Kind, Row, Table, read
-from graft.models import reads_only
+from graft.models import check_max_length, load_tokenizer, reads_only
 from graft.training.evaluate import MAX_CHOICES
 
 NAMES = ("train", "validation", "test")
@@ -68,6 +69,7 @@ def prepare(config: CompareConfig) -> Splits:
         kind = "labels"
         notes.append("The model is an encoder, so prompts became texts and answers labels.")
     refuse_unused(config, kind)
+    _check_lengths(config, tables)
     choices = tables["train"].labels
     for name in NAMES[1:]:
         unknown = sorted(set(tables[name].labels) - set(choices))
@@ -94,6 +96,15 @@ def refuse_unused(config: CompareConfig, kind: Kind) -> None:
             needs = "answers that are written" if key == "match" else "few-shot prompting"
             raise GraftError(f"{key} = {getattr(config, key)!r} is for {needs}, and these rows are {kind}; leave it out.")
     contenders(config, kind)  # a baseline that was named may be another kind's
+
+
+def _check_lengths(config: CompareConfig, tables: Mapping[str, Table]) -> None:
+    """Raises :class:`GraftError` where rows or model do not go with ``max_length``, which every run would find out for itself."""
+    check_max_length(config.model, config.max_length)
+    if tables["train"].kind == "answers":
+        tokenizer = load_tokenizer(config.model)
+        for table in tables.values():
+            encode(table, tokenizer, config.max_length)
 
 
 def _tables(config: CompareConfig) -> tuple[dict[str, Table], list[str]]:

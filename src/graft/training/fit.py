@@ -35,7 +35,7 @@ from graft.data.batching import BucketedOrder, DataOrder, packing_collator, pack
 from graft.data.encoding import IGNORED, Encoded, collator, encode
 from graft.data.reading import Table, read
 from graft.kernels.plan import use_rates
-from graft.models import load
+from graft.models import check_max_length, load
 from graft.training import checkpoint, distributed
 from graft.training.config import FitConfig
 from graft.training.fuse import Fused, fuse
@@ -70,12 +70,10 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
         start = checkpoint.latest(folder / CHECKPOINTS) if before else None
         torch.manual_seed(config.seed)
         table = read(config.data)
+        check_max_length(config.model, config.max_length)
         model, tokenizer = load(
             config.model, dtype=config.dtype, task=_task(table), labels=table.labels if table.kind == "labels" else None, seed=config.seed
         )
-        room = getattr(model.config, "max_position_embeddings", None)
-        if room and config.max_length > room:
-            raise GraftError(f"max_length is {config.max_length}, but {config.model} reads at most {room} tokens; lower it.")
         encoded = encode(table, tokenizer, config.max_length, table.labels)
         collate = collator(tokenizer.pad_token_id)
         if start is None:
