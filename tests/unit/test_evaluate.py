@@ -11,7 +11,7 @@ import torch
 import graft
 from graft.data.encoding import encode
 from graft.data.reading import read
-from graft.training.evaluate import evaluate, generate
+from graft.training.evaluate import Evaluation, evaluate, generate
 from tests import folders
 
 
@@ -59,6 +59,47 @@ def test_many_answers_are_generated(causal, tmp_path: Path) -> None:  # type: ig
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "the film"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     alone = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert said == tokenizer.decode(alone, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(("method", "times"), [("fourierft", 1), ("randlora", 1), ("lora", 0)])
+def test_a_dense_update_is_formed_once_however_much_is_generated(
+    causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, times: int
+) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = causal
+    table = read(folders.answers(tmp_path / "rows.jsonl", 6), kind="answers")
+    adapter = graft.attach(model, method, targets="attention", **({"rank": 4} if method != "fourierft" else {"count": 40}))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    formed: list[str] = []
+    kind = type(next(iter(adapter.deltas.values())))
+    plain = kind.weight
+    monkeypatch.setattr(kind, "weight", lambda self: formed.append(self.target.name) or plain(self))
+    try:
+        unmerged = evaluate(model, tokenizer, table, choices=(), match="number", new_tokens=5)  # it trains, so it stays as it is
+        assert len(formed) == 0 if method == "lora" else len(formed) > 5 * len(adapter.deltas)
+        adapter.freeze()
+        formed.clear()
+        seen = evaluate(model, tokenizer, table, choices=(), match="number", new_tokens=5)
+        assert sorted(formed) == sorted([*adapter.deltas] * times)
+        assert not adapter.merged
+        assert seen.predictions == unmerged.predictions
+        torch.testing.assert_close(torch.tensor(seen.losses), torch.tensor(unmerged.losses), rtol=1e-5, atol=1e-5)
+        base = evaluate_without(adapter, model, tokenizer, table)
+        assert not torch.allclose(torch.tensor(seen.losses), torch.tensor(base.losses), rtol=1e-3)
+        formed.clear()
+        assert generate(model, tokenizer, "a film", 5)
+        assert sorted(formed) == sorted([*adapter.deltas] * times)
+    finally:
+        graft.detach(model)
+
+
+def evaluate_without(adapter: graft.Adapter, model, tokenizer, table) -> Evaluation:  # type: ignore[no-untyped-def]
+    adapter.active = False
+    try:
+        return evaluate(model, tokenizer, table, choices=(), match="number", new_tokens=5)
+    finally:
+        adapter.active = True
 
 
 def test_text_loss_is_the_mean_over_tokens(causal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -100,6 +100,11 @@ class Delta(nn.Module):
         """The adapted map on ``x [..., in]`` -> ``[..., out]``."""
         return self.target.apply(x, *self.weight())
 
+    @property
+    def dense(self) -> bool:
+        """Whether every forward forms W', because no faster way is known."""
+        return type(self).forward is Delta.forward
+
     @classmethod
     def together(cls, deltas: Sequence[Delta], x: Tensor) -> list[Tensor] | None:
         """:meth:`forward` of several deltas of this class on the same x, where that is cheaper than one by one; else None."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.core.adapter import adapters_of
 from graft.core.calibration import evaluating
 from graft.data.encoding import IGNORED, Encoded, answer_text, collator, encode, encode_prompt, tokens
 from graft.data.reading import Table
+from graft.kernels.plan import EXACT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +63,7 @@ def evaluate(
     longest answer's) must give the answer, compared without case and spaces; with ``match="number"`` its last number must equal the
     answer. ``labels``: the head's largest logit. ``text``: mean loss a token, and perplexity.
     """
-    with evaluating(model):
+    with evaluating(model), merged(model):
         if table.kind == "labels":
             return _by_head(model, tokenizer, table, max_length, batch_size, progress)
         if table.kind == "text":
@@ -203,7 +206,28 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     """What the model says to a prompt, greedily, through its chat template where it has one."""
     room = getattr(model.config, "max_position_embeddings", 1 << 30) - new_tokens
     ids, _ = encode_prompt(tokenizer, prompt, room)
-    return _generate(model, tokenizer, [ids], new_tokens)[0]
+    with merged(model):
+        return _generate(model, tokenizer, [ids], new_tokens)[0]
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """The model with those adapters merged that would form W' for every batch and every token of an answer.
+
+    Only adapters that are used and not trained, and in precisions where merging loses nothing; the others run as they are.
+    """
+    exact = next(model.parameters()).dtype in EXACT
+    waiting = [a for a in adapters_of(model).values() if a.active and not (a.merged or a.trainable)]
+    taken = []
+    try:
+        for adapter in waiting:
+            if exact and any(delta.dense for delta in adapter.deltas.values()):
+                adapter.merge()
+                taken.append(adapter)
+        yield
+    finally:
+        for adapter in taken:
+            adapter.unmerge()
 
 
 def _by_head(model: Any, tokenizer: Any, table: Table, max_length: int, batch_size: int, progress: Progress | None) -> Evaluation:
