@@ -17,7 +17,6 @@ from graft.core.adapter import adapters_of
 from graft.core.calibration import evaluating
 from graft.data.encoding import IGNORED, Encoded, answer_text, collator, encode, encode_prompt, tokens
 from graft.data.reading import Table
-from graft.kernels.plan import EXACT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -212,22 +211,19 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """The model with those adapters merged that would form W' for every batch and every token of an answer.
+    """The model with its adapter merged where it would form W' for every batch and every token of an answer: the same bits, once.
 
-    Only adapters that are used and not trained, and in precisions where merging loses nothing; the others run as they are.
+    Adapters that are being trained, have a way of their own, or act beside others run as they are.
     """
-    exact = next(model.parameters()).dtype in EXACT
-    waiting = [a for a in adapters_of(model).values() if a.active and not (a.merged or a.trainable)]
-    taken = []
+    active = [adapter for adapter in adapters_of(model).values() if adapter.active]
+    if len(active) != 1 or active[0].merged or active[0].trainable or not any(delta.dense for delta in active[0].deltas.values()):
+        yield
+        return
+    active[0].merge()
     try:
-        for adapter in waiting:
-            if exact and any(delta.dense for delta in adapter.deltas.values()):
-                adapter.merge()
-                taken.append(adapter)
         yield
     finally:
-        for adapter in taken:
-            adapter.unmerge()
+        active[0].unmerge()
 
 
 def _by_head(model: Any, tokenizer: Any, table: Table, max_length: int, batch_size: int, progress: Progress | None) -> Evaluation:
