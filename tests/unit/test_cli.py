@@ -164,6 +164,8 @@ def test_options_win_over_the_yaml_file(model: Path, tmp_path: Path) -> None:
         (["generate", "hi", "--model", "ADAPTER"], "is an adapter, not a base model"),
         (["merge", "ADAPTER", "--output", "MODEL"], "exists already; choose another --output"),
         (["convert", "ADAPTER", "--to", "lora", "--output", "MODEL"], "exists already; choose another --output"),
+        (["convert", "ADAPTER", "--to", "peft", "--output", "OUT", "--rank", "2"], "--rank is for --to lora, and this is --to peft"),
+        (["convert", "ADAPTER", "--to", "lora", "--output", "OUT", "--dtype", "bfloat16"], "--dtype is for --to merged"),
         (["inspect", "MODEL"], "has no adapter_model.safetensors"),
         (["inspect", "ADAPTER", "--rows", "8"], "--rows is the batch that --plan is made for"),
     ],

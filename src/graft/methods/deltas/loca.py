@@ -98,7 +98,7 @@ class LoCA(DeltaConfig):
 
     count: int = option(1000, "coefficients n at each target", paper="1000", low=1)
     scale: float = option(1.0, "scale s of the update", paper="1 and more")
-    share: float = option(0.1, "share of the updates in which places learn, in their turns after a's; 0: they stay as drawn", paper="0.1", low=0, high=1)
+    share: float = option(0.1, "share of the updates in which places learn, in turns after a; 0: they stay as drawn", paper="0.1", low=0, high=1)
     value_updates: int = option(10, "updates of a in each turn", unit="updates", paper="10", low=1)
     place_updates: int = option(20, "updates of the places in each turn", unit="updates", paper="20", low=1)
     place_lr: float = option(1e-4, "learning rate of the places", paper="1e-4", low=0)
