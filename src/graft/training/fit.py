@@ -97,7 +97,6 @@ def fit(config: FitConfig, *, resume: bool = False, progress: Progress | None = 
         dtype, device = getattr(torch, config.dtype), "cpu" if distributed.on_cpu() else "cuda"
         rates = use_measured(dtype, device, before.get("rates"))
         keep_freed()
-
     rates = distributed.gather(rates)[0]
     use_rates(rates, dtype, device)  # the same on every process
     if config.shard:
