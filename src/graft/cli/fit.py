@@ -75,7 +75,7 @@ def summary(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("trainable parameters", f"{run['trainable_parameters']:,}"),
         ("adapter", show.size(run["adapter_bytes"])),
         ("tokens per second", f"{run['tokens_per_second']:.0f}" if run["tokens_per_second"] else "-"),
-        ("seconds an update (median)", f"{run['step_seconds']:.3f}"),
+        ("seconds an update (median)", f"{run['step_seconds']:.3f}" if run["step_seconds"] else "-"),
         ("peak memory", show.size(run["peak_memory_bytes"])),
         ("rows shortened to max_length", f"{run['rows_shortened']} of {run['rows']}"),
     ]

@@ -147,7 +147,7 @@ def _finish(config: FitConfig, adapter: Adapter, table: Table, encoded: Encoded,
         "rows": len(table),
         "rows_shortened": encoded.shortened,
         "loss": record.last["loss"],
-        "step_seconds": statistics.median(record.seconds),
+        "step_seconds": statistics.median(record.seconds) if record.seconds else None,  # none: resumed after the last, without its metrics
         **speed,
         "adapter_bytes": sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")),
         "base": {"name": config.model, "fingerprint": base_fingerprint(adapter)},
