@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
     "imdb-minilm": {**MINILM, "data": "reviews", "steps": 80, "batch_size": 8, "max_length": 96},
     "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
-    "low-rank": {**SMOLLM2, "data": "sst-2", "max_length": 96, "methods": None, "lrs": [3e-4, 3e-3, 3e-2]},
+    "low-rank": {**SMOLLM2, "data": "sst-2", "max_length": 96, "methods": None, "lrs": [3e-4, 3e-3, 3e-2, 3e-1]},
     "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "batch_size": 4, "max_length": 384, "test_rows": 60, "match": "number"},
 }
 
@@ -95,17 +95,7 @@ def run(name: str, source: Path, runs: Path, jobs: int) -> None:
 def beside_lora(answer: Answer) -> str:
     """Size, time and memory of each method over LoRA's, as a Markdown table; the best quality first."""
     (lora,) = (entry for entry in answer.entries if entry.name == "lora")
-    header = [
-        "method",
-        answer.measure,
-        "place",
-        "parameters",
-        "adapter, kB",
-        "parameters / LoRA",
-        "bytes / LoRA",
-        "s / update / LoRA",
-        "memory / LoRA",
-    ]
+    header = ["method", answer.measure, "parameters", "adapter, kB", *(f"{what} / LoRA" for what in ("parameters", "bytes", "s / update", "memory"))]
 
     def row(entry: Entry) -> list[str]:
         shares = [
@@ -115,7 +105,7 @@ def beside_lora(answer: Answer) -> str:
             entry.memory_bytes / lora.memory_bytes,
         ]
         sizes = [f"{entry.parameters:,}", f"{entry.adapter_bytes / 1e3:,.1f}"]
-        return [entry.name, answer.span(entry.quality), entry.places, *sizes, *(f"{share:.3g}" for share in shares)]
+        return [entry.name, answer.span(entry.quality), *sizes, *(f"{share:.3g}" for share in shares)]
 
     rows = [header, ["---"] * len(header), *(row(entry) for entry in answer.entries if entry.parameters)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from graft.compare.answer import Answer, fraction, listed
-from graft.compare.report import HTML, MARKDOWN, disagreements, figures, styles, write_reports
+from graft.compare.report import HTML, MARKDOWN, NAMED_POINTS, disagreements, figures, styles, worth_naming, write_reports
 from graft.compare.results import FIELDS, Record
 from graft.data.reading import Row, Table
 
@@ -111,6 +111,48 @@ def test_what_has_no_result_is_named(tmp_path: Path) -> None:
 def test_lists_and_shares() -> None:
     assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
     assert [fraction(share) for share in (0.5, 0.2, 0.33, 0.42, 0.001)] == ["half", "a fifth", "a third", "42 %", "1/1,000"]
+
+
+def test_more_names_than_a_reader_takes_in_are_counted() -> None:
+    names = [f"m{i}" for i in range(13)]
+    assert listed(names) == "m0, m1, m2 and 10 others"
+    assert listed(names[:12]).endswith("m10 and m11")
+
+
+def test_of_two_groups_the_smaller_one_is_named(tmp_path: Path) -> None:
+    chances = {"base": 0.4, "lora": 0.9, "dora": 0.41, "shira": 0.4, "eva": 0.39}
+    assert "Only lora beats base (" in Answer(drawn(tmp_path, chances)).text
+    chances = {"base": 0.4, "lora": 0.9, "dora": 0.88, "shira": 0.87, "eva": 0.4}
+    assert "eva does not beat base (" in Answer(drawn(tmp_path, chances)).text
+
+
+def test_the_verdict_of_each_is_what_the_words_say(tmp_path: Path) -> None:
+    records = drawn(tmp_path, {"base": 0.2, "lora": 0.9, "dora": 0.9})
+    for seed, chance in enumerate((0.3, 0.55, 0.8)):
+        records.append(record(tmp_path, "probe", seed, (np.arange(200) < 200 * chance).astype(float)))
+    answer = Answer(records)
+    verdicts = {entry.name: answer.verdict(entry) for entry in answer.entries}
+    first, second = (entry.name for entry in answer.entries[:2])
+    assert verdicts == {first: "best", second: "tied", "probe": "seems worse", "base": "worse"}
+
+
+def test_a_learning_rate_at_the_end_of_the_search_is_said(tmp_path: Path) -> None:
+    records = drawn(tmp_path, {"base": 0.3, "lora": 0.9, "dora": 0.8, "eva": 0.8})  # all with 1e-3
+    others = {"lora": (1e-4, 1e-2), "dora": (1e-5, 1e-4), "eva": (1e-2, 1e-1)}
+    records += [record(tmp_path, name, 9, np.ones(3), chosen=False, test=None, lr=lr) for name, lrs in others.items() for lr in lrs]
+    answer = Answer(records)
+    assert answer.at_edge == {"lowest": ["eva"], "highest": ["dora"]}
+    assert "the chosen learning rate is the lowest that was tried for eva and the highest that was tried for dora, so rates" in answer.text
+    assert "learning rate" not in Answer(drawn(tmp_path, {"base": 0.3, "lora": 0.9})).text  # one rate was not searched
+
+
+def test_of_many_points_those_bear_names_that_nothing_cheaper_reaches(tmp_path: Path) -> None:
+    rows = np.arange(100)
+    sizes = {f"m{i}": (90 - i, 1000 - 10 * i if i % 3 == 0 else 2000) for i in range(20)}  # every third: the cheapest so far
+    records = [record(tmp_path, name, 0, rows < right, trainable_parameters=size) for name, (right, size) in sizes.items()]
+    few = Answer(records[:NAMED_POINTS])
+    assert worth_naming(few, "parameters") == set(few.names)
+    assert worth_naming(Answer(records), "parameters") == {f"m{i}" for i in range(0, 20, 3)} | {"m19"}
 
 
 def test_disagreements_are_those_of_the_majority(tmp_path: Path) -> None:

@@ -105,9 +105,9 @@ def compare(
         show.print_json(_as_json(answer, folder))
         return
     show.out.print(answer.text)
-    columns = ("method", answer.measure, "place", "parameters", "memory", "s / update", "lr")
+    columns = ("method", answer.measure, "verdict", "place", "parameters", "memory", "s / update", "lr")
     rows = [
-        (e.name, answer.span(e.quality), e.places, f"{e.parameters:,}", show.size(e.memory_bytes),
+        (e.name, answer.span(e.quality), answer.verdict(e), e.places, f"{e.parameters:,}", show.size(e.memory_bytes),
          f"{e.step_seconds:.2f}" if e.step_seconds else "-", f"{e.lr:.1e}" if e.lr else "-")
         for e in answer.entries
     ]  # fmt: skip
@@ -159,7 +159,7 @@ def _as_json(answer: Any, folder: Path) -> dict[str, Any]:
     return {
         "answer": answer.text,
         "measure": answer.measure,
-        "table": [{**vars(entry), "quality": vars(entry.quality)} for entry in answer.entries],
+        "table": [{**vars(entry), "quality": vars(entry.quality), "verdict": answer.verdict(entry)} for entry in answer.entries],
         "failed": answer.failed,
         "report": str(folder / "report.html"),
         "results": str(folder / "results.jsonl"),

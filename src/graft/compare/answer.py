@@ -17,6 +17,9 @@ import numpy as np
 from graft.compare.results import Record
 from graft.compare.statistics import Interval, Pair, Scores, interval, pairs, places
 
+VERDICTS = ("best", "tied", "seems worse", "worse")
+NAMES, FIRST_NAMES = 12, 3  # more names than a reader takes in are named by the first of them and their number
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -123,6 +126,26 @@ class Answer:
         spans = [(entry, self.pair(first.name, entry.name).difference) for entry in self.best if entry is not first]
         return [first, *(entry for entry, span in spans if span.low <= 0 <= span.high)]
 
+    def verdict(self, entry: Entry) -> str:
+        """How an entry stands to the first, of :data:`VERDICTS`; ``worse`` where somebody is significantly better."""
+        best, tied, seems_worse, worse = VERDICTS
+        if entry is self.entries[0]:
+            return best
+        if entry in self.best:
+            return tied if entry in self.tied else seems_worse
+        return worse
+
+    @cached_property
+    def at_edge(self) -> dict[str, list[str]]:
+        """Contenders whose chosen learning rate is the ``lowest`` or the ``highest`` of those that were tried for them."""
+        found: dict[str, list[str]] = {"lowest": [], "highest": []}
+        for entry in self.entries:
+            tried = {record["lr"] for record in self.records if record["contender"] == entry.name}
+            for end, rate in zip(found, (min, max), strict=True):
+                if len(tried) > 1 and entry.lr == rate(tried):
+                    found[end].append(entry.name)
+        return found
+
     @property
     def failed(self) -> dict[str, str]:
         """Contenders without a result, and why."""
@@ -164,7 +187,7 @@ class Answer:
             return f"On this data {top.name} is best: {self.measure} {self.span(top.quality)}, significantly ahead of all others."
         said = f"On this data {ahead}" + (f", but nothing separates it from {listed(tied)}: these {len(tied) + 1} are tied." if tied else ".")
         if doubtful:
-            said += f" {_verb(listed(doubtful), doubtful, 'seems', 'seem')} worse, but not beyond the chance of so many comparisons."
+            said += f" {_verb(doubtful, 'seems', 'seem')} worse, but not beyond the chance of so many comparisons."
         return said
 
     def _trained_ties(self) -> list[Entry]:
@@ -200,15 +223,16 @@ class Answer:
         if not trained or not untrained:
             return ""
         reference = max(untrained, key=lambda entry: entry.quality.mean)
-        better = [entry for entry in trained if self._beats(entry.name, reference.name)]
+        than = f"{reference.name} ({self.value(reference.quality.mean)})"
+        better = [entry.name for entry in trained if self._beats(entry.name, reference.name)]
         if not better:
-            return f"No training beats {reference.name} ({self.value(reference.quality.mean)}) significantly."
+            return f"No training beats {than} significantly."
         if len(better) == len(trained):
-            return f"Every trained method beats {reference.name} ({self.value(reference.quality.mean)})."
-        not_better = [entry.name for entry in trained if entry not in better]
-        return (
-            f"{_verb(listed(not_better), not_better, 'does', 'do')} not beat {reference.name} ({self.value(reference.quality.mean)}) significantly."
-        )
+            return f"Every trained method beats {than}."
+        not_better = [entry.name for entry in trained if entry.name not in better]
+        if len(better) < len(not_better):
+            return f"Only {_verb(better, 'beats', 'beat')} {than} significantly."
+        return f"{_verb(not_better, 'does', 'do')} not beat {than} significantly."
 
     def _beats(self, first: str, second: str) -> bool:
         pair = self.pair(first, second)
@@ -217,7 +241,7 @@ class Answer:
     def _worse(self) -> str:
         top = self.entries[0].name
         worse = [entry.name for entry in self.entries if entry.parameters and entry.place[0] > 1 and self._beats(top, entry.name)]
-        return f"{_verb(listed(worse), worse, 'is', 'are')} significantly worse than {top}." if worse else ""
+        return f"{_verb(worse, 'is', 'are')} significantly worse than {top}." if worse else ""
 
     def _forgotten(self) -> str:
         known = [entry for entry in self.entries if entry.parameters and entry.forgetting is not None]
@@ -244,16 +268,21 @@ class Answer:
         cut = max((record["rows_shortened"] or 0 for record in self.counting), default=0)
         if cut:
             said.append(f"{cut} train rows were cut to the most tokens a row may have")
+        ends = [f"the {end} that was tried for {listed(names)}" for end, names in self.at_edge.items() if names]
+        if ends:
+            said.append(f"the chosen learning rate is {' and '.join(ends)}, so rates beyond it may do better there")
         said += [f"{name} has no result ({reason.rstrip('.')})" for name, reason in self.failed.items()]
         return f"To bear in mind: {'; '.join(said)}." if said else ""
 
 
-def _verb(subject: str, names: Sequence[str], one: str, many: str) -> str:
-    return f"{subject} {one if len(names) == 1 else many}"
+def _verb(names: Sequence[str], one: str, many: str) -> str:
+    return f"{listed(names)} {one if len(names) == 1 else many}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """``a, b and c``."""
+    """``a, b and c``; of more than :data:`NAMES` the first ones, ``a, b, c and 10 others``."""
+    if len(names) > NAMES:
+        names = [*names[:FIRST_NAMES], f"{len(names) - FIRST_NAMES} others"]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from graft.compare.answer import Answer, Entry
+from graft.compare.answer import VERDICTS, Answer, Entry
 from graft.compare.results import RESULTS, Record
 from graft.core.errors import GraftError
 from graft.core.storage import write_folder
@@ -19,6 +19,7 @@ from graft.data.reading import COLUMNS, Table
 
 HTML, MARKDOWN, FIGURE = "report.html", "report.md", "report.png"
 SHOWN_ROWS, SHOWN_LETTERS = 30, 500  # disagreements in the report; letters of a prompt
+NAMED_POINTS = 16  # names that find room beside their points in the picture
 SMOOTHED = 10  # updates that one point of a learning curve is the mean of
 COSTS = (("parameters", "trainable parameters", 1), ("memory_bytes", "peak memory (GB)", 1e-9), ("seconds", "seconds of training", 1))
 
@@ -56,6 +57,7 @@ def _columns(answer: Answer) -> list[tuple[str, str]]:
     return [
         ("method", "as it was asked for; baselines are always there"),
         (answer.measure, "mean over seeds and test rows, with its 95 % interval"),
+        ("verdict", "beside the best: tied; seems worse, but for the correction for so many pairs; worse, than somebody, significantly"),
         ("place", "the places that the evidence leaves open"),
         ("parameters", "numbers that were trained"),
         ("adapter", "size of its file"),
@@ -74,6 +76,7 @@ def _cells(answer: Answer, entry: Entry) -> list[tuple[str, Any]]:
     return [
         (entry.name, entry.name),
         (answer.span(entry.quality), entry.quality.mean),
+        (verdict := answer.verdict(entry), VERDICTS.index(verdict)),
         (entry.places, entry.place[0] + entry.place[1] / 1000),
         (f"{entry.parameters:,} ({100 * entry.share:.3g} %)" if entry.parameters else "0", entry.parameters),
         (_size(entry.adapter_bytes), entry.adapter_bytes),
@@ -292,6 +295,15 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:23]}…"
 
 
+def worth_naming(answer: Answer, cost: str) -> set[str]:
+    """Points of the picture that bear their name: all of a few; of many the best for what they cost, the baselines and the last."""
+    entries = answer.entries
+    if len(entries) <= NAMED_POINTS:
+        return {entry.name for entry in entries}
+    front = (entry for i, entry in enumerate(entries) if all(getattr(entry, cost) < getattr(ahead, cost) for ahead in entries[:i]))
+    return {entries[-1].name, *(entry.name for entry in front), *(entry.name for entry in entries if entry.baseline)}
+
+
 def picture(answer: Answer) -> bytes:
     """Quality against parameters, memory and time, and the learning curves, as PNG."""
     import matplotlib
@@ -300,22 +312,35 @@ def picture(answer: Answer) -> bytes:
     from matplotlib import pyplot
 
     sign, style = 1 if answer.measure == "accuracy" else -1, styles(answer)
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
     for axis, (key, label, unit) in zip(axes.flat, COSTS, strict=False):
+        named = worth_naming(answer, key)
         for entry in answer.entries:
             if x := unit * getattr(entry, key):
                 mean, ends = sign * entry.quality.mean, sorted((sign * entry.quality.low, sign * entry.quality.high))
                 bars = [[max(0.0, mean - ends[0])], [max(0.0, ends[1] - mean)]]
-                axis.errorbar([x], [mean], bars, fmt="D" if entry.baseline else "o", capsize=2, color=style[entry.name][0])
-                axis.annotate(_short(entry.name), (x, mean), xytext=(4, 4), textcoords="offset points", fontsize=8).set_in_layout(False)
+                axis.errorbar([x], [mean], bars, fmt="D" if entry.baseline else "o", capsize=2, elinewidth=1, color=style[entry.name][0])
+                if entry.name in named:
+                    axis.annotate(_short(entry.name), (x, mean), xytext=(4, 4), textcoords="offset points", fontsize=8).set_in_layout(False)
         axis.set(xscale="log", xlabel=label, ylabel=answer.measure)
+        _ticks(axis.xaxis, thousands=key == "parameters")
     for record in answer.counting:
         if record["seed"] == 0 and (points := smoothed(record.curve())):
             colour, line = style[record["contender"]]
             axes[1, 1].plot([x for x, _ in points], [y for _, y in points], LINES[line], color=colour, label=_short(record["contender"]))
-    axes[1, 1].set(xlabel="update", ylabel="training loss")
-    axes[1, 1].legend(fontsize=7, ncols=2)
+    axes[1, 1].set(xlabel="update", ylabel="training loss", yscale="log")
+    _ticks(axes[1, 1].yaxis)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=8)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100, metadata={"Software": None})
     pyplot.close(figure)
     return content.getvalue()
+
+
+def _ticks(axis: Any, thousands: bool = False) -> None:
+    """Plain numbers on a logarithmic axis: 1 2 5 10 ..., or 1k 10k ... where they span many decades."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1,) if thousands else (1, 2, 5)))
+    axis.set_major_formatter(EngFormatter(sep="") if thousands else "{x:g}")
+    axis.set_minor_formatter(NullFormatter())
