@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "agnews-minilm": {**MINILM, "data": "agnews", "batch_size": 16, "max_length": 96},
     "imdb-minilm": {**MINILM, "data": "reviews", "steps": 80, "batch_size": 8, "max_length": 96},
     "arc-easy-smollm2": {**SMOLLM2, "data": "arc-easy", "max_length": 160, "test_rows": 200},
-    "low-rank": {**SMOLLM2, "data": "sst-2", "max_length": 96, "methods": None, "lrs": [3e-4, 3e-3, 3e-2, 3e-1]},
+    "low-rank": {**SMOLLM2, "data": "sst-2", "max_length": 96, "methods": None, "lrs": [3e-4, 3e-3, 3e-2, 3e-1], "also": ["delora:strength=1"]},
     "arithmetic-smollm2": {**SMOLLM2, "data": "arithmetic", "batch_size": 4, "max_length": 384, "test_rows": 60, "match": "number"},
 }
 
@@ -71,7 +71,7 @@ def run(name: str, source: Path, runs: Path, jobs: int) -> None:
     """One comparison, and its reports into docs/results."""
     settings = dict(CASES[name])
     if settings["methods"] is None:
-        settings["methods"] = [row.name for row in graft.methods() if row.name != "full"]
+        settings["methods"] = [*(row.name for row in graft.methods() if row.name != "full"), *settings.pop("also")]
     make = {"arithmetic": arithmetic, "reviews": reviews}.get(settings["data"])
     data = make(source, runs / "data" / settings["data"]) if make else source / settings["data"]
     output = runs / name
