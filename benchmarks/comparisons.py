@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import graft
+from common import ratio, table
 from graft.compare.answer import Answer, Entry
 from graft.compare.results import load_records
 
@@ -82,8 +83,7 @@ def run(name: str, source: Path, runs: Path, jobs: int) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     page = (output / "report.md").read_text(encoding="utf-8").replace("# Comparison", f"# {name}", 1)
     if CASES[name]["methods"] is None:
-        table = beside_lora(Answer(load_records(output)))
-        page = page.replace("## Conditions", f"## Beside LoRA\n\n{table}\n\n## Conditions", 1)
+        page = page.replace("## Conditions", beside_lora(Answer(load_records(output))) + "## Conditions", 1)
     title = name if CASES[name]["methods"] is None else f"compare-{name}"
     for file in ("report.png", "results.jsonl"):
         page = page.replace(file, f"{title}{Path(file).suffix}")
@@ -93,22 +93,24 @@ def run(name: str, source: Path, runs: Path, jobs: int) -> None:
 
 
 def beside_lora(answer: Answer) -> str:
-    """Size, time and memory of each method over LoRA's, as a Markdown table; the best quality first."""
+    """Size, time and memory of each method over LoRA's, as a Markdown section; the best quality first."""
     (lora,) = (entry for entry in answer.entries if entry.name == "lora")
-    header = ["method", answer.measure, "parameters", "adapter, kB", *(f"{what} / LoRA" for what in ("parameters", "bytes", "s / update", "memory"))]
+    cases = json.loads((ROOT / "benchmarks" / "results" / "method_steps.json").read_text(encoding="utf-8"))["cases"]
+    times = {"lora": "1", **{case["method"]: ratio(case["ratio"]) for case in cases}}
+    header = ["method", answer.measure, "parameters", "adapter, kB", *(f"{what} / LoRA" for what in ("parameters", "bytes", "memory", "s / update"))]
 
     def row(entry: Entry) -> list[str]:
-        shares = [
-            entry.parameters / lora.parameters,
-            entry.adapter_bytes / lora.adapter_bytes,
-            (entry.step_seconds or 0) / (lora.step_seconds or 1),
-            entry.memory_bytes / lora.memory_bytes,
-        ]
+        shares = [entry.parameters / lora.parameters, entry.adapter_bytes / lora.adapter_bytes, entry.memory_bytes / lora.memory_bytes]
         sizes = [f"{entry.parameters:,}", f"{entry.adapter_bytes / 1e3:,.1f}"]
-        return [entry.name, answer.span(entry.quality), *sizes, *(f"{share:.3g}" for share in shares)]
+        return [entry.name, answer.span(entry.quality), *sizes, *(f"{share:.3g}" for share in shares), times[entry.name.split(":")[0]]]
 
-    rows = [header, ["---"] * len(header), *(row(entry) for entry in answer.entries if entry.parameters)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return f"""## Beside LoRA
+
+The seconds of an update are from [pairs of neighbours](../../benchmarks/results/method_steps.md), not from the runs above, which shared the machine.
+
+{table(header, [row(entry) for entry in answer.entries if entry.parameters])}
+
+"""
 
 
 def from_here(text: str) -> Path:

@@ -133,7 +133,7 @@ def test_answer_and_table(done: tuple[Comparison, Answer]) -> None:
     assert means == sorted(means, reverse=True)
 
 
-def test_nothing_is_left_to_do_and_other_settings_are_refused(place: Path, done: tuple[Comparison, Answer]) -> None:
+def test_nothing_is_left_to_do_and_other_settings_are_refused(place: Path, done: tuple[Comparison, Answer], monkeypatch: pytest.MonkeyPatch) -> None:
     comparison, _ = done
     before = (comparison.folder / RESULTS).read_bytes()
     stamps = {path: path.stat().st_mtime_ns for path in comparison.folder.rglob(PREDICTIONS)}
@@ -141,6 +141,8 @@ def test_nothing_is_left_to_do_and_other_settings_are_refused(place: Path, done:
     compare(again, LocalWorkers(1))
     assert {path: path.stat().st_mtime_ns for path in comparison.folder.rglob(PREDICTIONS)} == stamps
     assert [record.line for record in load_records(comparison.folder)] == [json.loads(line) for line in before.splitlines()]
+    monkeypatch.chdir(comparison.folder.parent)
+    assert prepared(place, Path("out"), methods=["shira", "lora:rank=2", "adalora"]).contenders == comparison.contenders
     with pytest.raises(GraftError, match="holds a comparison with steps = 4, not 5"):
         prepared(place, comparison.folder, methods=["shira", "lora:rank=2", "adalora"], steps=5)
 

@@ -74,7 +74,8 @@ def prepare_comparison(config: CompareConfig, slots: int = 1, told: Callable[[st
     state = config.folder / STATE
     if state.is_file():
         before = json.loads(state.read_text())
-        different = [key for key, value in config.model_dump().items() if before["config"].get(key) != value]
+        # The output is this folder, however it was written from where the command ran.
+        different = [key for key, value in config.model_dump(exclude={"output"}).items() if before["config"].get(key) != value]
         if different:
             raise GraftError(
                 f"{config.folder} holds a comparison with {different[0]} = {before['config'].get(different[0])!r}, not "
