@@ -105,9 +105,9 @@ def compare(
         show.print_json(_as_json(answer, folder))
         return
     show.out.print(answer.text)
-    columns = ("method", answer.measure, "verdict", "place", "parameters", "memory", "s / update", "lr")
+    columns = ("method", answer.measure, "verdict", "parameters", "memory", "s / update", "lr")
     rows = [
-        (e.name, answer.span(e.quality), answer.verdict(e), e.places, f"{e.parameters:,}", show.size(e.memory_bytes),
+        (e.name, answer.span(e.quality), answer.verdict(e), f"{e.parameters:,}", show.size(e.memory_bytes),
          f"{e.step_seconds:.2f}" if e.step_seconds else "-", f"{e.lr:.1e}" if e.lr else "-")
         for e in answer.entries
     ]  # fmt: skip
