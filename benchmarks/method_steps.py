@@ -27,15 +27,13 @@ REFERENCE = "lora"
 
 def batches(tokenizer: Any, data: Path) -> list[Any]:
     """Batches of labelled rows as ``graft fit`` packs them, one for every update of a block."""
-    import torch
-
-    from graft.data.batching import packing_collator
+    from graft.data.batching import DataOrder, packing_collator
     from graft.data.encoding import encode
     from graft.data.reading import read
 
     rows = read(data)
     examples = encode(rows, tokenizer, LENGTH, rows.labels).examples
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED)).tolist()
+    order = list(DataOrder(len(examples), SEED))
     collate = packing_collator(tokenizer.pad_token_id)
     return [collate([examples[i] for i in order[start : start + BATCH]]) for start in range(0, BATCH * (WARMUP + STEPS), BATCH)]
 
@@ -88,8 +86,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     return f"""# An update of every method
 
-SmolLM2-135M in bf16, {BATCH} rows of sst-2 packed into a batch, each method with its defaults: the median of {STEPS} updates after {WARMUP} that
-are left out, over that of the LoRA blocks right before and right after. The ratio is the median over these pairs, with the lowest and the highest.
+SmolLM2-135M in bf16, {BATCH} rows of the file that the command below names packed into a batch, each method with its defaults: the median of
+{STEPS} updates after {WARMUP} that are left out, over that of the LoRA blocks right before and right after. The ratio is the
+median over these pairs, with the lowest and the highest.
 
 {table(["method", "s / update", "LoRA beside it", "method / LoRA"], rows)}
 
