@@ -80,7 +80,8 @@ def test_stopped_after_its_last_update_makes_no_other(model: Path, rows: Path, t
         with pytest.raises(KeyboardInterrupt):
             fit(stopped)
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text()
-    resumed = fit(stopped, resume=True)
+    monkeypatch.chdir(tmp_path)
+    resumed = fit(_config(model, rows, Path("stopped"), **changes), resume=True)  # the same folder from another working folder
     expected, seen = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
     for name, value in expected.items():
         assert torch.equal(value, seen[name]), name

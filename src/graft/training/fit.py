@@ -199,7 +199,8 @@ def _run_before(folder: Path, config: FitConfig, resume: bool) -> dict[str, Any]
         raise GraftError(
             f"{folder} holds a run of {before.get('processes', 1)} processes, and there are {distributed.world_size()} now; resume it with as many."
         )
-    different = [key for key, value in config.model_dump().items() if before["config"].get(key) != value]
+    # The output is this folder, however it was written from where the command ran.
+    different = [key for key, value in config.model_dump(exclude={"output"}).items() if before["config"].get(key) != value]
     if different:
         key = different[0]
         raise GraftError(
